@@ -1,0 +1,154 @@
+"""Configuration of a MAR model: the LLaMA fields that survive, the mixer's choices, and the neurons.
+
+Does: hold every choice that the paper leaves open as a field with a documented default, and refuse values that make no
+model. Does not: build modules or read checkpoints.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+Site = Literal["in_proj", "out_proj", "gate_up", "down_proj"]
+SITES: tuple[Site, ...] = ("in_proj", "out_proj", "gate_up", "down_proj")
+"""The four places of a decoder layer that take a neuron, each named after the linear it feeds (paper, section 2.2)."""
+
+NEURON_KINDS = ("atmn", "ternary", "binary")
+MIXER_PRESETS: dict[str, dict[str, Any]] = {
+    "llamba": {"input_gain": "none", "bc_norm": "none", "decay_bias": False},
+    "fast": {"input_gain": "one_minus_decay", "bc_norm": "l2", "decay_bias": True},
+}
+"""`llamba` is the mixer as published; `fast` learned fastest from attention weights (docs/lab-log.md) and is the default."""
+
+
+@dataclass(frozen=True)
+class NeuronConfig:
+    """One site's spiking neuron.
+
+    kind: `atmn` (eq. 1-4, soft reset), `ternary` (hard reset, after Guo et al., AAAI 2024) or `binary` ({0, 1}).
+    time_steps: T, inner steps per token. tau: leak of the membrane between steps (undisclosed; 1 keeps it whole).
+    threshold: one trainable log-threshold per `channel` or one `scalar` for the site.
+    precharge: start the membrane at tau * sign(I) * V / 2, so that the code rounds instead of truncating (ours).
+    merge: how T spikes become the linear's input: `weighted` is V * sum tau^t s_t, `sum` is V * sum s_t.
+    surrogate: name of the backward shape, see `mar.surrogate.SURROGATES`.
+    """
+
+    kind: str = "atmn"
+    time_steps: int = 4
+    tau: float = 1.0
+    threshold: str = "channel"
+    precharge: bool = False
+    merge: str = "weighted"
+    surrogate: str = "ste"
+
+    def __post_init__(self) -> None:
+        _one_of("neuron kind", self.kind, NEURON_KINDS)
+        _one_of("threshold", self.threshold, ("channel", "scalar"))
+        _one_of("merge", self.merge, ("weighted", "sum"))
+        if not 1 <= self.time_steps <= 127:
+            raise ValueError(f"time_steps is {self.time_steps}; a code must fit 8 bits, so use 1 to 127.")
+        if not 0 < self.tau:
+            raise ValueError(f"tau is {self.tau}; it divides the membrane potential, so use a number above 0.")
+
+
+def site_neurons(
+    default: NeuronConfig, per_site: dict[str, dict[str, Any]] | None = None, sites: tuple[str, ...] = SITES
+) -> dict[str, dict[str, Any]]:
+    """The value of `MarConfig.neurons`: `default` at each of `sites`, with `per_site` changes (e.g. T at down_proj)."""
+    changes = per_site or {}
+    for site in (*sites, *changes):
+        _one_of("site", site, SITES)
+    for site in changes:
+        if site not in sites:
+            raise ValueError(f"neuron settings name site {site!r}, which is not among the placed sites {list(sites)}.")
+    return {site: asdict(replace(default, **changes.get(site, {}))) for site in sites}
+
+
+def _one_of(what: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{what} is {value!r}; use one of {', '.join(map(repr, allowed))}.")
+
+
+@strict
+class MarConfig(PreTrainedConfig):
+    """A LLaMA-shaped decoder whose attention is a Discrete Mamba-2 mixer, with optional neurons before its linears.
+
+    num_heads (H), head_dim (P) and state_size (N) shape the mixer: d_inner = H * P, and B, C have H heads of N.
+    conv_kernel: taps of the causal depthwise convolution. chunk_size: tokens per block of the chunked scan.
+    input_gain: `none` (as published) or `one_minus_decay` (zero-order hold: x is scaled by 1 - decay).
+    bc_norm: `none` (as published) or `l2` (B and C of unit length per head, C then times sqrt(N)).
+    decay_bias: whether the decay logits have a trainable bias per head (off as published).
+    neurons: None for a dense model, else a mapping from site to the fields of `NeuronConfig` (see `site_neurons`).
+    """
+
+    model_type = "mar"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 32000
+    hidden_size: int = 576
+    intermediate_size: int = 1536
+    num_hidden_layers: int = 30
+    num_heads: int = 9
+    head_dim: int = 64
+    state_size: int = 64
+    conv_kernel: int = 4
+    chunk_size: int = 64
+    input_gain: str = "one_minus_decay"
+    bc_norm: str = "l2"
+    decay_bias: bool = True
+    neurons: dict[str, Any] | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-5
+    use_cache: bool = True
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+
+    def validate_architecture(self) -> None:
+        """Refuse shapes and choices that make no model. Raises ValueError naming the field, the value and the remedy."""
+        _one_of("input_gain", self.input_gain, ("none", "one_minus_decay"))
+        _one_of("bc_norm", self.bc_norm, ("none", "l2"))
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_heads", "head_dim")
+        for name in (*sizes, "state_size", "conv_kernel", "chunk_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.neurons is not None:
+            known = {field.name for field in fields(NeuronConfig)}
+            for site, settings in self.neurons.items():
+                _one_of("site", site, SITES)
+                if unknown := set(settings) - known:
+                    raise ValueError(f"neurons.{site} has unknown keys {sorted(unknown)}; known are {sorted(known)}.")
+                NeuronConfig(**settings)
+
+    @property
+    def inner_size(self) -> int:
+        """d_inner = H * P, the width of x, z and y."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def conv_size(self) -> int:
+        """Channels of the convolution: x, B and C side by side."""
+        return self.inner_size + 2 * self.num_heads * self.state_size
+
+    @property
+    def in_proj_size(self) -> int:
+        """Rows of in_proj: [x, B, C | z | A_log]."""
+        return self.conv_size + self.inner_size + self.num_heads
+
+    @property
+    def layer_types(self) -> list[str]:
+        """Tells transformers' caches that each layer keeps a convolution state and a recurrent state."""
+        return ["linear_attention"] * self.num_hidden_layers
+
+    def neuron(self, site: Site) -> NeuronConfig | None:
+        """The neuron of one site, or None where the linear sees dense values."""
+        if self.neurons is None or site not in self.neurons:
+            return None
+        return NeuronConfig(**self.neurons[site])

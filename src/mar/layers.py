@@ -1,0 +1,102 @@
+"""A teacher or student run layer by layer, so that each layer can be compared, calibrated or trained on its own.
+
+Does: walk LLaMA and MAR models without gradients, documents of a packed row apart. Does not: hold losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.masking_utils import create_causal_mask
+
+from mar.model import MarForCausalLM
+
+Batch = dict[str, Tensor]
+
+
+def document_positions(document_ids: Tensor) -> Tensor:
+    """Positions (b, l) that restart at 0 with every document of a packed row."""
+    steps = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
+    starts = torch.ones_like(document_ids, dtype=torch.bool)
+    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return steps - torch.where(starts, steps, 0).cummax(1).values
+
+
+@dataclass
+class LayerTrace:
+    """One layer on one batch, (b, l, d) each unless said otherwise.
+
+    hidden: its input. mixed: what attention or mixer adds. heads: what attention's heads give before o_proj,
+    (b, l, h, p); None for MAR layers. middle: hidden + mixed. ffn: what the FFN adds; None where not run.
+    """
+
+    hidden: Tensor
+    mixed: Tensor
+    heads: Tensor | None
+    middle: Tensor
+    ffn: Tensor | None
+
+
+@torch.no_grad()
+def llama_layers(teacher: Any, batch: Batch) -> Iterator[LayerTrace]:
+    """Run a LLaMA layer by layer; documents of a packed row neither see nor count each other. The last FFN is not run."""
+    body = teacher.model
+    hidden = body.embed_tokens(batch["input_ids"])
+    positions = document_positions(batch["document_ids"])
+    mask = create_causal_mask(
+        config=teacher.config, inputs_embeds=hidden, attention_mask=None, past_key_values=None, position_ids=positions
+    )
+    rotary = body.rotary_emb(hidden, position_ids=positions)
+    for index, layer in enumerate(body.layers):
+        with captured([layer.self_attn.o_proj], inputs=True) as seen:
+            mixed, _ = layer.self_attn(layer.input_layernorm(hidden), position_embeddings=rotary, attention_mask=mask)
+        middle = hidden + mixed
+        last = index == len(body.layers) - 1
+        ffn = None if last else layer.mlp(layer.post_attention_layernorm(middle))
+        yield LayerTrace(hidden, mixed, seen[0].unflatten(-1, (-1, teacher.config.head_dim)), middle, ffn)
+        if ffn is not None:
+            hidden = middle + ffn
+
+
+@torch.no_grad()
+def mar_layers(model: MarForCausalLM, batch: Batch) -> Iterator[LayerTrace]:
+    """Run a MAR model layer by layer."""
+    hidden = model.model.embed_tokens(batch["input_ids"])
+    for layer in model.model.layers:
+        block: Any = layer
+        mixed, _ = block.mixer(block.input_layernorm(hidden), None, None, batch["document_ids"])
+        middle = hidden + mixed
+        ffn = block.mlp(block.post_attention_layernorm(middle))
+        yield LayerTrace(hidden, mixed, None, middle, ffn)
+        hidden = middle + ffn
+
+
+def last_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Final hidden states (b, l, d) of a LLaMA or MAR model on packed rows."""
+    if isinstance(model, MarForCausalLM):
+        output = model.model(input_ids=batch["input_ids"], document_ids=batch["document_ids"], use_cache=False)
+    else:
+        positions = document_positions(batch["document_ids"])
+        output = model.model(input_ids=batch["input_ids"], position_ids=positions, use_cache=False)
+    return output.last_hidden_state
+
+
+@contextmanager
+def captured(modules: list[nn.Module], inputs: bool = False) -> Iterator[list[Any]]:
+    """Outputs of the modules (or their first inputs), in the order they ran, for the duration of the block."""
+    kept: list[Any] = []
+    handles = [
+        module.register_forward_hook(lambda _, args, output: kept.append(args[0] if inputs else output))
+        for module in modules
+    ]
+    try:
+        yield kept
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,128 @@
+"""The Discrete Mamba-2 mixer: the layer that takes attention's place, linear in length and constant in memory.
+
+Does: in_proj, causal convolution, state-space scan, gate, out_proj; one code path for one token or many, with a state
+that continues a sequence. Does not: know about caches, residuals or norms (mar.model does).
+Source: Discrete Mamba-2 of Llamba/MOHAWK, which the paper adopts (method, section 5).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from mar import kernels
+from mar.config import MarConfig
+from mar.kernels import reference
+from mar.neurons import build_neuron
+
+
+class MixerState(NamedTuple):
+    """What a mixer carries over: the last K - 1 inputs of the convolution, (b, k - 1, c), and the state, (b, h, p, n)."""
+
+    conv: Tensor
+    ssm: Tensor
+
+
+class DiscreteMamba2(nn.Module):
+    """x, B, C, z and decay logits from one projection; y = SSM(conv(x, B, C)); out_proj(y * silu(z + z_bias)).
+
+    Per head: decay = exp(-softplus(A_log)), S_t = decay_t S_{t-1} + gain_t x_t B_t^T, y_t = S_t C_t + D x_t, where gain
+    is 1 (as published) or 1 - decay. Decay logits, decay and state are fp32 under any autocast.
+    """
+
+    def __init__(self, config: MarConfig):
+        super().__init__()
+        self.config = config
+        heads = config.num_heads
+        self.in_proj = nn.Linear(config.hidden_size, config.in_proj_size, bias=False)
+        self.conv_weight = nn.Parameter(torch.empty(config.conv_size, config.conv_kernel))
+        self.conv_bias = nn.Parameter(torch.empty(config.conv_size))
+        self.z_bias = nn.Parameter(torch.empty(config.inner_size))
+        self.D = nn.Parameter(torch.empty(heads))
+        self.decay_bias = nn.Parameter(torch.empty(heads)) if config.decay_bias else None
+        self.out_proj = nn.Linear(config.inner_size, config.hidden_size, bias=False)
+        in_neuron, out_neuron = config.neuron("in_proj"), config.neuron("out_proj")
+        self.in_neuron = build_neuron(in_neuron, config.hidden_size) if in_neuron else nn.Identity()
+        self.out_neuron = build_neuron(out_neuron, config.inner_size) if out_neuron else nn.Identity()
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "b l d"],
+        state: MixerState | None = None,
+        mask: Bool[Tensor, "b l"] | None = None,
+        document_ids: Int[Tensor, "b l"] | None = None,
+    ) -> tuple[Float[Tensor, "b l d"], MixerState]:
+        """Mix tokens. `mask` is False at padding, which then leaves no trace; `state` continues an earlier call.
+
+        `document_ids` restarts convolution and state where it changes within a row.
+        """
+        x, log_decay, b, c, z, conv = self.ssm_inputs(hidden, state, mask, document_ids)
+        scaled = x if self.config.input_gain == "none" else x * (-torch.expm1(log_decay))[..., None].to(x.dtype)
+        if mask is not None:
+            scaled = scaled * mask[..., None, None].to(x.dtype)
+            log_decay = log_decay * mask[..., None]
+        ssm = None if state is None else state.ssm
+        if hidden.shape[1] == 1 and not torch.is_grad_enabled():
+            if ssm is None:
+                ssm = scaled.new_zeros(*x.shape[:1], *x.shape[2:], b.shape[-1], dtype=log_decay.dtype)
+            step = kernels.scan_step(scaled[:, 0], log_decay[:, 0], b[:, 0], c[:, 0], ssm)
+            y, ssm = step[0][:, None], step[1]
+        else:
+            y, ssm = kernels.scan(scaled, log_decay, b, c, ssm, document_ids, self.config.chunk_size)
+        y = torch.addcmul(y, x, self.D[:, None].to(x.dtype)).flatten(2)
+        gated = y * F.silu(z + self.z_bias.to(z.dtype))
+        return self.out_proj(self.out_neuron(gated)), MixerState(conv, ssm)
+
+    def matrix(
+        self, hidden: Float[Tensor, "b l d"], document_ids: Int[Tensor, "b l"] | None = None
+    ) -> Float[Tensor, "b h l l"]:
+        """The mixing matrix of each head, gain and skip included: SSM(x) = matrix @ x (MOHAWK's orientation target)."""
+        _, log_decay, b, c, _, _ = self.ssm_inputs(hidden, None, None, document_ids)
+        matrix = reference.scan_matrix(log_decay, b, c, document_ids)
+        if self.config.input_gain == "one_minus_decay":
+            matrix = matrix * -torch.expm1(log_decay).transpose(1, 2)[:, :, None, :]
+        return matrix + torch.diag_embed(self.D[:, None].expand(-1, hidden.shape[1]))
+
+    def ssm_inputs(
+        self, hidden: Tensor, state: MixerState | None, mask: Tensor | None, document_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """x (b, l, h, p), log decay (b, l, h), B and C (b, l, h, n), gate logits z (b, l, d_inner), conv tail."""
+        config = self.config
+        spikes = self.in_neuron(hidden)
+        wide = config.conv_size + config.inner_size
+        xbc, z = F.linear(spikes, self.in_proj.weight[:wide]).split([config.conv_size, config.inner_size], dim=-1)
+        with torch.autocast(hidden.device.type, enabled=False):
+            # bf16 logits would quantise the decay itself, so these few rows are always multiplied in fp32.
+            rows = self.in_proj.weight[wide:]
+            logits = F.linear(spikes.to(rows.dtype), rows).to(torch.promote_types(rows.dtype, torch.float32))
+            if self.decay_bias is not None:
+                logits = logits + self.decay_bias
+            log_decay = -F.softplus(logits)
+        if mask is not None:
+            xbc = xbc * mask[..., None].to(xbc.dtype)
+        taps = config.conv_kernel
+        past = None if state is None else state.conv
+        mixed = kernels.causal_conv(xbc, self.conv_weight, self.conv_bias, past, document_ids)
+        conv = _tail(xbc, past, taps - 1)
+        x, b, c = mixed.split([config.inner_size, *[config.num_heads * config.state_size] * 2], dim=-1)
+        x, b, c = (part.unflatten(-1, (config.num_heads, -1)) for part in (x, b, c))
+        if config.bc_norm == "l2":
+            b, c = _unit(b, 1.0), _unit(c, config.state_size**0.5)
+        return x, log_decay, b, c, z, conv
+
+
+def _unit(vectors: Tensor, length: float) -> Tensor:
+    """Scale the last dimension to `length`; the epsilon only matters for vectors that are zero, which stay zero."""
+    norm = vectors.square().sum(-1, keepdim=True, dtype=torch.promote_types(vectors.dtype, torch.float32))
+    return vectors * (torch.rsqrt(norm + 1e-12) * length).to(vectors.dtype)
+
+
+def _tail(xbc: Tensor, past: Tensor | None, count: int) -> Tensor:
+    """The last `count` inputs of the convolution, zeros standing in for what precedes the sequence."""
+    if past is None:
+        past = xbc.new_zeros(xbc.shape[0], count, xbc.shape[2])
+    return torch.cat([past.to(xbc.dtype), xbc], dim=1)[:, xbc.shape[1] :].detach()

@@ -1,0 +1,260 @@
+"""The MAR language model as transformers classes: generate, Auto classes, caches and save/load work as for any other.
+
+Does: embed, stack of (norm, mixer, norm, FFN) with optional neurons before the four linears, head. Does not: convert
+checkpoints (mar.convert) or compute distillation losses (mar.losses).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    Cache,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedModel,
+)
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from mar.config import SITES, MarConfig, Site
+from mar.mixer import DiscreteMamba2, MixerState
+from mar.neurons import Neuron, build_neuron
+
+OPEN_GATE = 1.278464542761
+"""silu(1.278464542761) = 1: with zero gate rows this bias lets the mixer's output through unchanged (Llamba)."""
+
+
+class MarMLP(nn.Module):
+    """LLaMA's gated FFN, down(act(gate(s)) * up(s)), with one neuron before gate and up and one before down."""
+
+    def __init__(self, config: MarConfig):
+        super().__init__()
+        wide = config.intermediate_size
+        self.gate_proj = nn.Linear(config.hidden_size, wide, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, wide, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(wide, config.hidden_size, bias=config.mlp_bias)
+        self.act = ACT2FN[config.hidden_act]
+        in_neuron, down_neuron = config.neuron("gate_up"), config.neuron("down_proj")
+        self.in_neuron = build_neuron(in_neuron, config.hidden_size) if in_neuron else nn.Identity()
+        self.down_neuron = build_neuron(down_neuron, wide) if down_neuron else nn.Identity()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(b, l, d) to (b, l, d)."""
+        spikes = self.in_neuron(hidden)
+        return self.down_proj(self.down_neuron(self.act(self.gate_proj(spikes)) * self.up_proj(spikes)))
+
+
+class MarDecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm residual layer: h + mixer(norm(h)), then h + mlp(norm(h))."""
+
+    def __init__(self, config: MarConfig):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mixer = DiscreteMamba2(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = MarMLP(config)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        state: MixerState | None = None,
+        mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+    ) -> tuple[Tensor, MixerState]:
+        """(b, l, d) and what precedes it to (b, l, d) and the state after it."""
+        mixed, state = self.mixer(self.input_layernorm(hidden), state, mask, document_ids)
+        hidden = hidden + mixed
+        return hidden + self.mlp(self.post_attention_layernorm(hidden)), state
+
+
+class MarPreTrainedModel(PreTrainedModel):
+    """Weight initialisation and the capabilities that transformers asks about."""
+
+    config_class = MarConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MarDecoderLayer"]
+    _is_stateful = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            init.normal_(module.weight, mean=0.0, std=std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.RMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, DiscreteMamba2):
+            init.copy_(module.conv_weight, identity_conv(module.config))
+            init.zeros_(module.conv_bias)
+            init.constant_(module.z_bias, OPEN_GATE)
+            init.zeros_(module.D)
+            if module.decay_bias is not None:
+                init.copy_(module.decay_bias, spread_decay_bias(module.config.num_heads))
+        elif isinstance(module, Neuron):
+            init.zeros_(module.a)
+
+
+def identity_conv(config: MarConfig) -> Tensor:
+    """Convolution weights (conv_size, K) that pass the current token through."""
+    weight = torch.zeros(config.conv_size, config.conv_kernel)
+    weight[:, -1] = 1.0
+    return weight
+
+
+def spread_decay_bias(heads: int) -> Tensor:
+    """Decay biases (heads,) whose softplus runs geometrically from 0.0025 (a memory of 400 tokens) to 1."""
+    rates = torch.logspace(torch.log10(torch.tensor(0.0025)).item(), 0.0, heads)
+    return torch.log(torch.expm1(rates))
+
+
+class MarModel(MarPreTrainedModel):
+    """Embedding, decoder layers and the final norm."""
+
+    def __init__(self, config: MarConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList([MarDecoderLayer(config) for _ in range(config.num_hidden_layers)])
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **_: object,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states (b, l, d) after the final norm.
+
+        attention_mask: (b, l) or (b, past + l), zero at padding. document_ids: (b, l) for packed rows; convolution and
+        state restart where it changes. past_key_values: a DynamicCache made for this config.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give the model exactly one of input_ids and inputs_embeds.")
+        hidden = inputs_embeds if inputs_embeds is not None else self.embed_tokens(input_ids)
+        use_cache = (self.config.use_cache if use_cache is None else use_cache) and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        mask = _padding_mask(attention_mask, hidden.shape[1])
+        kept = [hidden] if output_hidden_states else None
+        for index, layer in enumerate(self.layers):
+            state = None if past_key_values is None else _load_state(past_key_values, index)
+            hidden, state = layer(hidden, state, mask, document_ids)
+            if past_key_values is not None:
+                _store_state(past_key_values, index, state)
+            if kept is not None:
+                kept.append(hidden)
+        hidden = self.norm(hidden)
+        if kept is not None:
+            kept[-1] = hidden
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden,
+            past_key_values=past_key_values,
+            hidden_states=tuple(kept) if kept is not None else None,  # type: ignore[arg-type]
+        )
+
+
+def _padding_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
+    """(b, l) bool for the current tokens, or None where nothing is padded."""
+    if attention_mask is None:
+        return None
+    mask = attention_mask[:, attention_mask.shape[1] - length :].bool()
+    return None if bool(mask.all()) else mask
+
+
+def _load_state(cache: Cache, index: int) -> MixerState | None:
+    if not cache.has_previous_state(index):
+        return None
+    layer = cache.layers[index]
+    return MixerState(layer.conv_states[0].transpose(1, 2), layer.recurrent_states[0])  # type: ignore[union-attr]
+
+
+def _store_state(cache: Cache, index: int, state: MixerState) -> None:
+    # The cache layer appends what it is given and keeps as many columns as it saw first: a whole new tail replaces it.
+    cache.update_conv_state(state.conv.transpose(1, 2), index)
+    cache.update_recurrent_state(state.ssm.detach(), index)
+
+
+class MarForCausalLM(MarPreTrainedModel, GenerationMixin):
+    """MarModel with a language-model head; the head sees dense values, never spikes."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: MarConfig):
+        super().__init__(config)
+        self.model = MarModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: object,
+    ) -> CausalLMOutputWithPast:
+        """Logits (b, kept, V), and the mean next-token loss if `labels` (b, l) are given (-100 is ignored)."""
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            document_ids=document_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+        )
+        hidden = output.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
+        logits = self.lm_head(hidden[:, logits_to_keep if isinstance(logits_to_keep, Tensor) else kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=output.past_key_values, hidden_states=output.hidden_states
+        )
+
+    def neuron_sites(self) -> Iterator[tuple[int, Site, Neuron]]:
+        """Each neuron with its layer and site, in the order in which a token meets them."""
+        for index, layer in enumerate(self.model.layers):
+            layer = cast(MarDecoderLayer, layer)
+            neurons = (layer.mixer.in_neuron, layer.mixer.out_neuron, layer.mlp.in_neuron, layer.mlp.down_neuron)
+            for site, neuron in zip(SITES, neurons, strict=True):
+                if isinstance(neuron, Neuron):
+                    yield index, site, neuron
+
+    def neuron_linears(self, layer: int, site: Site) -> list[nn.Linear]:
+        """The linears that one site's spikes feed."""
+        block = cast(MarDecoderLayer, self.model.layers[layer])
+        return {
+            "in_proj": [block.mixer.in_proj],
+            "out_proj": [block.mixer.out_proj],
+            "gate_up": [block.mlp.gate_proj, block.mlp.up_proj],
+            "down_proj": [block.mlp.down_proj],
+        }[site]
+
+
+AutoConfig.register("mar", MarConfig)
+AutoModel.register(MarConfig, MarModel)
+AutoModelForCausalLM.register(MarConfig, MarForCausalLM)

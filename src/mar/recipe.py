@@ -1,0 +1,154 @@
+"""Recipes: everything that decides a run, as dataclasses, read from YAML with dotted overrides.
+
+Does: define, read, check and shrink recipes. Does not: run them (mar.refine).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse import ArgumentParser
+
+from mar.config import SITES, NeuronConfig
+from mar.optimizer import TrainConfig
+from mar.sources import DataConfig
+
+SPIKING = ("spike_align", "spike")
+
+
+@dataclass
+class MixerSettings:
+    """How attention becomes a mixer: see `mar.convert.convert_llama`; calibrate runs `calibrate_mixers` afterwards."""
+
+    preset: str = "fast"
+    init: str = "attention"
+    calibrate: bool = True
+    calibration_tokens: int = 2048
+
+
+@dataclass
+class NeuronSettings:
+    """Which neurons go where: a default, the sites, and changes per site (`per_site: {down_proj: {time_steps: 16}}`)."""
+
+    default: NeuronConfig = field(default_factory=NeuronConfig)
+    sites: list[str] = field(default_factory=lambda: list(SITES))
+    per_site: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass
+class WritingSettings:
+    """Text that the teacher writes itself, where `data.source` is `teacher`: how much, and how it is sampled.
+
+    tokens: for training, continuing `mar.prompts.TRAIN_PROMPTS`. held_out_tokens: for evaluation, on other prompts.
+    length: most tokens a document. Sampled from the teacher's own distribution at `temperature`.
+    """
+
+    tokens: int = 100_000
+    held_out_tokens: int = 20_000
+    length: int = 512
+    batch_size: int = 64
+    temperature: float = 1.0
+    seed: int = 0
+
+
+@dataclass
+class EvaluationSettings:
+    """What students are measured on: `tokens` of `data` in windows of `window`; None: the teacher's held-out text."""
+
+    data: DataConfig | None = None
+    tokens: int = 20_000
+    window: int = 512
+
+
+@dataclass
+class StageConfig:
+    """One stage. What is None keeps the default of its objective in mar.stages; what a kind has no use for is refused.
+
+    kind: orient, align, distill, spike_align or spike. teacher: `dense` (the stage-1 student) or `llama`, for spike.
+    """
+
+    kind: Literal["orient", "align", "distill", "spike_align", "spike"]
+    train: TrainConfig = field(default_factory=TrainConfig)
+    teacher: Literal["dense", "llama"] | None = None
+    alpha: float | None = None
+    beta: float | None = None
+    features: str | None = None
+    trained: str | None = None
+    threshold_lr_scale: float | None = None
+    energy_target: float | None = None
+    energy_weight: float | None = None
+
+
+@dataclass
+class Recipe:
+    """Everything that decides a run. `stages` run in their order; neurons are inserted before the first spiking one.
+
+    teacher: see `mar.teachers.load_teacher`. data: what every stage reads, each from the start; its source `teacher`
+    stands for text that the teacher writes first (`writing`). evaluation: what `mar refine` measures at the end.
+    """
+
+    name: str
+    teacher: str
+    data: DataConfig
+    stages: dict[str, StageConfig]
+    mixer: MixerSettings = field(default_factory=MixerSettings)
+    neurons: NeuronSettings = field(default_factory=NeuronSettings)
+    writing: WritingSettings = field(default_factory=WritingSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+
+    def __post_init__(self) -> None:
+        spiking = [stage.kind in SPIKING for stage in self.stages.values()]
+        if spiking != sorted(spiking):
+            raise ValueError(
+                f"Recipe {self.name!r} has a dense stage after a spiking one; put align and distill before spike_align "
+                "and spike."
+            )
+
+
+def recipe_parser() -> ArgumentParser:
+    """Recipe files, dotted overrides (`--stages.align.train.tokens 1000`) and `--print_config`, unknown keys refused."""
+    parser = ArgumentParser(prog="mar refine")
+    parser.add_argument("--config", action="config")
+    parser.add_class_arguments(Recipe)
+    return parser
+
+
+def debug_size(recipe: Recipe) -> Recipe:
+    """The same recipe with every budget cut to two steps of one short row: for tests and for trying a setting out."""
+    small = copy.deepcopy(recipe)
+    small.data = replace(small.data, length=64)
+    small.writing = replace(small.writing, tokens=512, held_out_tokens=256, length=64, batch_size=8)
+    small.evaluation = replace(small.evaluation, tokens=256, window=64)
+    small.mixer = replace(small.mixer, calibration_tokens=64)
+    for stage in small.stages.values():
+        stage.train = replace(stage.train, tokens=128, batch_size=1, accumulation=1, warmup_steps=1)
+    return small
+
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """A recipe from a YAML file or the name of one that mar ships, with overrides (`stages.align.train.lr=1e-3`).
+
+    Raises FileNotFoundError, or ValueError that names the unknown key or unfitting value.
+    """
+    file = Path(path)
+    if not file.is_file():
+        file = RECIPES / f"{path}.yaml"
+    if not file.is_file():
+        shipped = ", ".join(sorted(str(f.relative_to(RECIPES).with_suffix("")) for f in RECIPES.rglob("*.yaml")))
+        raise FileNotFoundError(f"There is no recipe {str(path)!r}; give a YAML file or one of {shipped}.")
+    parser = recipe_parser()
+    parser.exit_on_error = False
+    arguments = ["--config", str(file), *(f"--{override.removeprefix('--')}" for override in overrides or [])]
+    try:
+        values = parser.instantiate(parser.parse_args(arguments)).as_dict()
+    except (argparse.ArgumentError, TypeError) as error:
+        raise ValueError(f"Recipe {path}: {' '.join(str(error).split())}") from error
+    values.pop("config")
+    return Recipe(**values)

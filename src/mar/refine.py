@@ -1,0 +1,232 @@
+"""A recipe, run from teacher to trained student: text, conversion, then each stage in turn.
+
+Does: lay out the run folder, skip what is finished, go on with what is not. Does not: train (mar.train), define losses
+(mar.stages), or measure students (mar.results).
+
+A run folder holds one folder a step, each a plain Hugging Face folder with the step's training state under `training/`.
+Running the same recipe in the same folder continues it.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mar.config import site_neurons
+from mar.convert import calibrate_mixers, convert_llama, insert_neurons
+from mar.data import PackedRows, read_meta, write_documents
+from mar.folder import digest, load_student, save_student
+from mar.generate import write_text
+from mar.model import MarForCausalLM
+from mar.objective import Objective
+from mar.prompts import HELD_OUT_PROMPTS, TRAIN_PROMPTS
+from mar.recipe import SPIKING, Recipe, StageConfig
+from mar.stages import Align, Distill, Orient, Spike, SpikeAlign
+from mar.teachers import Teacher, load_teacher
+from mar.train import train
+
+STAGES = {"orient": Orient, "align": Align, "distill": Distill, "spike_align": SpikeAlign, "spike": Spike}
+
+
+@dataclass
+class Refined:
+    """A finished run: the models' folders by name (`dense`, `spiking` where trained) and each stage's final metrics."""
+
+    folder: Path
+    students: dict[str, Path]
+    metrics: dict[str, dict[str, Any]]
+
+
+def refine(recipe: Recipe, folder: str | Path, teacher: Teacher | None = None, progress: bool = True) -> Refined:
+    """Run a recipe in `folder`, or go on with it.
+
+    teacher: an already loaded one, to save time. Raises ValueError where the folder holds another recipe's run.
+    """
+    run = _RefineRun(recipe, Path(folder), teacher or load_teacher(recipe.teacher), progress)
+    if recipe.data.source == "teacher":
+        run.write_text()
+    student = run.step("convert", run.convert)
+    students = {}
+    metrics = {}
+    for name, stage in recipe.stages.items():
+        if stage.kind in SPIKING and "dense" not in students:
+            students["dense"] = run.path
+            run.dense = student
+            student = run.step("insert_neurons", lambda dense=student: run.insert(dense))
+        student, metrics[name] = run.train_stage(name, stage, student)
+    students["spiking" if run.dense is not None else "dense"] = run.path
+    return Refined(run.folder, students, metrics)
+
+
+class _RefineRun:
+    """Where a run stands: the folder of the newest model, and what later steps need of earlier ones."""
+
+    def __init__(self, recipe: Recipe, folder: Path, teacher: Teacher, progress: bool) -> None:
+        self.recipe, self.folder, self.teacher, self.progress = recipe, folder, teacher, progress
+        self.dense: MarForCausalLM | None = None
+        self.path = folder
+        self.count = 0
+        self.parent = teacher.source
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def write_text(self) -> None:
+        """Let the teacher write training and held-out text, in parts, so that an interruption loses one part only."""
+        wanted = self.recipe.writing
+        for split, prompts, tokens in (
+            ("train", TRAIN_PROMPTS, wanted.tokens),
+            ("held_out", HELD_OUT_PROMPTS, wanted.held_out_tokens),
+        ):
+            done, part = 0, 0
+            while done < tokens:
+                path = self.folder / "text" / split / f"part-{part:03d}.parquet"
+                settings = {"part": part, "split": split, **asdict(wanted), "teacher": self.teacher.source}
+                if not path.is_file():
+                    size = min(wanted.batch_size * wanted.length, tokens - done)
+                    documents = write_text(
+                        self.teacher.model,
+                        self.teacher.tokenizer,
+                        list(prompts),
+                        tokens=size,
+                        length=wanted.length,
+                        batch_size=wanted.batch_size,
+                        temperature=wanted.temperature,
+                        seed=wanted.seed * 10_000 + part,
+                        progress=self.progress,
+                    )
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    write_documents(path, documents, {**settings, "tokens_written": sum(map(len, documents))})
+                done += int(read_meta(path)["tokens_written"])
+                part += 1
+
+    def rows(self) -> PackedRows:
+        """The training text from its beginning."""
+        data = self.recipe.data
+        if data.source == "teacher":
+            data = replace(data, source=str(self.folder / "text" / "train"))
+        return PackedRows(data, self.teacher.tokenizer, vocab_size=self.teacher.model.config.vocab_size)
+
+    def calibration_batch(self, tokens: int) -> dict[str, torch.Tensor]:
+        """The first rows, at least `tokens` tokens of them."""
+        rows = self.rows()
+        return next(iter(rows.batches(-(-tokens // rows.length))))
+
+    def convert(self) -> MarForCausalLM:
+        """The untrained dense student."""
+        mixer = self.recipe.mixer
+        student = convert_llama(self.teacher.model, mixer.preset, mixer.init)
+        if mixer.calibrate and mixer.init == "attention" and student.config.decay_bias:
+            calibrate_mixers(student, self.teacher.model, self.calibration_batch(mixer.calibration_tokens))
+        return student
+
+    def insert(self, dense: MarForCausalLM) -> MarForCausalLM:
+        """The untrained spiking student, thresholds calibrated on the first rows."""
+        settings = self.recipe.neurons
+        neurons = site_neurons(settings.default, settings.per_site, tuple(settings.sites))
+        return insert_neurons(dense, neurons, self.rows().batches(1))
+
+    def step(self, name: str, make: Callable[[], MarForCausalLM]) -> MarForCausalLM:
+        """Load the step's model if it is done, else make and save it."""
+        folder, settings = self._next_folder(name), self._settings(name)
+        if self._is_done(folder, settings):
+            student = load_student(folder)
+        else:
+            student = make()
+            self._save(student, folder, settings, {}, 0)
+        self._advance(folder)
+        return student
+
+    def train_stage(
+        self, name: str, stage: StageConfig, student: MarForCausalLM
+    ) -> tuple[MarForCausalLM, dict[str, Any]]:
+        """Train one stage, unless its folder says that it is done."""
+        folder, settings = self._next_folder(name), self._settings(name)
+        if self._is_done(folder, settings):
+            student = load_student(folder)
+            metrics = json.loads((folder / "provenance.json").read_text())["metrics"]
+        else:
+            student.train()
+            objective = build_objective(stage, student, self.teacher.model, self.dense)
+            metrics = train(objective, self.rows(), stage.train, folder / "training", self.progress, settings)
+            self._save(student.eval(), folder, settings, metrics, metrics["tokens"])
+        self._advance(folder)
+        return student, metrics
+
+    def _next_folder(self, name: str) -> Path:
+        return self.folder / f"{self.count}-{name}"
+
+    def _advance(self, folder: Path) -> None:
+        self.count += 1
+        self.path = folder
+        self.parent = {"kind": "stage", "name": folder.name, "sha256": digest(folder)}
+
+    def _settings(self, name: str) -> dict[str, Any]:
+        """What decides this step's outcome, so that a changed recipe is not mistaken for a finished one."""
+        whole = asdict(self.recipe)
+        own = {"convert": "mixer", "insert_neurons": "neurons"}
+        settings = whole[own[name]] if name in own else whole["stages"][name]
+        return {"step": name, "settings": settings, "data": whole["data"], "parent": self.parent}
+
+    def _is_done(self, folder: Path, settings: dict[str, Any]) -> bool:
+        if not (folder / "provenance.json").is_file():
+            return False
+        found = json.loads((folder / "provenance.json").read_text())
+        for key, value in json.loads(json.dumps(settings)).items():
+            if found.get(key) != value:
+                raise ValueError(
+                    f"{folder} was made with other {key} ({found.get(key)}, now {value}); refine into another folder, or "
+                    "remove this one and those after it."
+                )
+        return True
+
+    def _save(
+        self, student: MarForCausalLM, folder: Path, settings: dict[str, Any], metrics: dict[str, Any], tokens: int
+    ) -> None:
+        provenance = {
+            **settings,
+            "recipe": asdict(self.recipe),
+            "teacher": self.teacher.source,
+            "tokens": tokens,
+            "metrics": metrics,
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "packages": {name: version(name) for name in ("mar", "torch", "transformers", "accelerate")},
+        }
+        save_student(student, self.teacher.tokenizer, folder, provenance)
+
+
+def build_objective(stage: StageConfig, student: MarForCausalLM, llama: Any, dense: MarForCausalLM | None) -> Objective:
+    """The objective of a stage. Raises ValueError for a setting its kind has no use for."""
+    own = {
+        key: value
+        for key, value in vars(stage).items()
+        if key not in ("kind", "train", "teacher") and value is not None
+    }
+    known = {item.name for item in fields(STAGES[stage.kind])}
+    if unknown := sorted(set(own) - known):
+        raise ValueError(f"A stage of kind {stage.kind!r} has no setting {unknown[0]!r}; remove it from the recipe.")
+    if stage.teacher is not None and stage.kind != "spike":
+        raise ValueError(f"A stage of kind {stage.kind!r} has a fixed teacher; remove `teacher: {stage.teacher}`.")
+    if stage.kind == "spike_align":
+        return SpikeAlign(student, _frozen(dense), **own)
+    if stage.kind == "spike" and stage.teacher != "llama":
+        return Spike(student, _frozen(dense), **own)
+    target = _frozen(llama)
+    if stage.train.precision == "bf16":
+        # A copy, because the caller's teacher stays in fp32 for evaluation.
+        target = copy.deepcopy(target).to(torch.bfloat16)
+    if stage.kind == "orient":
+        target.set_attn_implementation("eager")
+    if stage.kind == "spike":
+        own["against"] = "llama"
+    return STAGES[stage.kind](student, target, **own)
+
+
+def _frozen(model: Any) -> Any:
+    return model.eval().requires_grad_(False)
