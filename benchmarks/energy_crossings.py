@@ -16,7 +16,7 @@ from transformers import LlamaConfig
 
 from mar.census import census, parameters
 from mar.config import MIXER_PRESETS, SITES, MarConfig, NeuronConfig, site_neurons
-from mar.energy import TABLES, break_even, compare, cost, crossing
+from mar.costs import TABLES, break_even, compare, cost, crossing
 from mar.spikes import SiteRate
 
 SHAPES: dict[str, dict[str, Any]] = {

@@ -18,9 +18,9 @@ FLOORS = (
     {"checkpoint", "config", "kernels", "objective", "surrogate"},
     {"mixer", "neurons"},
     {"model"},
-    {"convert", "layers", "losses", "spikes", "teachers"},
-    {"census", "data", "optimizer", "prompts", "sources", "stages", "tasks", "trainlog"},
-    {"energy", "evaluate", "generate", "quickstart", "refine", "report", "train"},
+    {"conversion", "layers", "losses", "spikes", "teachers"},
+    {"census", "data", "folder", "optimizer", "prompts", "recipe", "sources", "stages", "tasks", "trainlog"},
+    {"costs", "evaluate", "generate", "quickstart", "refinement", "report", "results", "train"},
     {"cli"},
     {"", "__main__"},
 )

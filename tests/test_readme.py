@@ -1,13 +1,15 @@
-"""Every code block of the README, CONTRIBUTING and docs/ is run as it stands, page by page, with a tiny teacher.
+"""Every code block of the README, CONTRIBUTING and docs/ is run as it stands, page by page.
 
-A page's blocks run in order in one empty folder that has the recipes, and its Python blocks share one namespace. Only
-three things differ from what a reader does: the named teacher is a tiny one, recipes run in their debug size, and what
-would set this machine up anew (make, pip, git) is compared with the project's own files.
+A page's blocks run in order in one empty folder, and its Python blocks share one namespace. Only three things differ
+from what a reader does: the cache of fetched teachers holds a tiny LLaMA under each name, recipes run in their debug
+size, and what would set this machine up anew (make, pip, git) is compared with the project's own files instead.
 """
 
+import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -17,6 +19,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+import mar.recipe
+from mar.teachers import CACHE_LAYOUT, NAMED_TEACHERS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -57,10 +62,18 @@ def read_blocks(page: str) -> list[Block]:
     return blocks
 
 
-def tiny(text: str, teacher: Path) -> str:
-    """`text` with the named teacher replaced by a folder, and every run of a recipe in its debug size."""
-    text = re.sub(r"(?<![\w./-])smollm2-135m(?![\w./-])", str(teacher), text)
-    return re.sub(r"^(mar (?:quickstart|refine)\b[^\n#]*?) *(#.*)?$", r"\1 --debug", text, flags=re.MULTILINE)
+def fill_cache(cache: Path, model: Path) -> None:
+    """Put `model` into a cache folder in the place of every named teacher."""
+    for name, wheel in NAMED_TEACHERS.items():
+        folder = cache / "teachers" / f"{name}-{wheel.gguf_sha256[:12]}-v{CACHE_LAYOUT}"
+        shutil.copytree(model, folder)
+        source = {"kind": "wheel", "name": name, "sha256": wheel.gguf_sha256, "note": "a tiny LLaMA of the tests"}
+        (folder / "source.json").write_text(json.dumps(source), encoding="utf-8")
+
+
+def debug_sized(commands: str) -> str:
+    """Shell commands with every run of a recipe in its debug size."""
+    return re.sub(r"^(mar (?:quickstart|refine)\b[^\n#]*?) *(#.*)?$", r"\1 --debug", commands, flags=re.MULTILINE)
 
 
 def compared(command: str) -> bool:
@@ -80,7 +93,7 @@ def compared(command: str) -> bool:
 
 
 def run_bash(block: Block, where: str) -> None:
-    kept = "\n".join(line for line in block.text.splitlines() if not compared(line))
+    kept = debug_sized("\n".join(line for line in block.text.splitlines() if not compared(line)))
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", kept],
         env={**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
@@ -101,15 +114,15 @@ def run_yaml(block: Block) -> None:
 
 @each_page
 def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_llama_folder: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    for recipe in (ROOT / "recipes").rglob("*.yaml"):
-        copy = tmp_path / recipe.relative_to(ROOT)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_text(tiny(recipe.read_text(encoding="utf-8"), tiny_llama_folder), encoding="utf-8")
+    fill_cache(tmp_path / "cache", tiny_llama_folder)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setenv("MAR_CACHE", str(tmp_path / "cache"))
+    whole = mar.recipe.read_recipe
+    monkeypatch.setattr(mar.recipe, "read_recipe", lambda *arguments: mar.recipe.debug_size(whole(*arguments)))
     namespace: dict[str, object] = {"__name__": "__main__"}
     for block in read_blocks(page.read_text(encoding="utf-8")):
         where = f"{page.relative_to(ROOT)}:{block.line}"
-        block = Block(block.tag, tiny(block.text, tiny_llama_folder), block.line)
         if block.tag == "bash":
             run_bash(block, where)
         elif block.tag == "yaml":
@@ -141,11 +154,10 @@ def test_a_block_without_an_end_is_refused() -> None:
         read_blocks("```python\nx = 1\n")
 
 
-def test_substitution_spares_file_names(tmp_path: Path) -> None:
-    page = 'mar convert smollm2-135m out\nmar refine recipes/smollm2-135m.yaml  # hours\nmar.convert("smollm2-135m")\n'
-    folder = tmp_path / "tiny"
-    expected = f'mar convert {folder} out\nmar refine recipes/smollm2-135m.yaml --debug\nmar.convert("{folder}")\n'
-    assert tiny(page, folder) == expected
+def test_only_runs_of_recipes_are_cut() -> None:
+    page = "mar refine smollm2-135m runs/a  # hours\nmar quickstart\nmar convert smollm2-135m out\n"
+    cut = "mar refine smollm2-135m runs/a --debug\nmar quickstart --debug\nmar convert smollm2-135m out\n"
+    assert debug_sized(page) == cut
 
 
 def test_set_up_commands_are_compared_not_run() -> None:

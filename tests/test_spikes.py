@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mar.census import census
 from mar.config import SITES, MarConfig, NeuronConfig, site_neurons
-from mar.energy import cost
+from mar.costs import cost
 from mar.model import MarForCausalLM
 from mar.neurons import build_neuron
 from mar.spikes import SiteSpikes, SpikeMonitor, totals
@@ -209,6 +209,8 @@ def test_a_call_without_mask_after_one_with_mask_counts_all(model, rows):
         model(rows, attention_mask=torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7]))
         model(inputs_embeds=model.model.embed_tokens(rows))
         model(rows[:, :4])
+        with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+            model(attention_mask=torch.ones_like(rows))
     assert monitor.summary().totals.tokens == 12 + 14 + 8
 
 

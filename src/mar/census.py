@@ -1,7 +1,7 @@
 """Census of operations: what one token costs a LLaMA, a dense MAR or a spiking MAR, from config and spike rates alone.
 
 Does: count MACs, spike-driven accumulates, multiplies, additions and moved values per token at any context. Does not:
-price them (mar.energy) or measure spike rates (mar.spikes).
+price them (mar.costs) or measure spike rates (mar.spikes).
 
 A figure is for one token decoded at a context of L tokens (itself included), or averaged over a causal prefill of L
 tokens, in which a token sees (L + 1) / 2 keys on average.

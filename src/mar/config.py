@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 Site = Literal["in_proj", "out_proj", "gate_up", "down_proj"]
 SITES: tuple[Site, ...] = ("in_proj", "out_proj", "gate_up", "down_proj")
@@ -21,7 +21,7 @@ MIXER_PRESETS: dict[str, dict[str, Any]] = {
     "llamba": {"input_gain": "none", "bc_norm": "none", "decay_bias": False},
     "fast": {"input_gain": "one_minus_decay", "bc_norm": "l2", "decay_bias": True},
 }
-"""`llamba` is the mixer as published; `fast` learned fastest from attention weights (docs/lab-log.md) and is the default."""
+"""`llamba` is the mixer as published; `fast`, the default, learned fastest from attention weights (docs/lab-log.md)."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class NeuronConfig:
         _one_of("merge", self.merge, ("weighted", "sum"))
         if not 1 <= self.time_steps <= 127:
             raise ValueError(f"time_steps is {self.time_steps}; a code must fit 8 bits, so use 1 to 127.")
-        if not 0 < self.tau:
+        if not self.tau > 0:
             raise ValueError(f"tau is {self.tau}; it divides the membrane potential, so use a number above 0.")
 
 
@@ -112,7 +112,7 @@ class MarConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 2
 
     def validate_architecture(self) -> None:
-        """Refuse shapes and choices that make no model. Raises ValueError naming the field, the value and the remedy."""
+        """Refuse shapes and choices that make no model, with a ValueError naming field, value and remedy."""
         _one_of("input_gain", self.input_gain, ("none", "one_minus_decay"))
         _one_of("bc_norm", self.bc_norm, ("none", "l2"))
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_heads", "head_dim")
@@ -152,3 +152,6 @@ class MarConfig(PreTrainedConfig):
         if self.neurons is None or site not in self.neurons:
             return None
         return NeuronConfig(**self.neurons[site])
+
+
+AutoConfig.register("mar", MarConfig)

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from mar.checkpoint import explain_disk_full, write_json_atomically
 from mar.model import MarForCausalLM
+from mar.teachers import load_teacher
 
 
 def save_student(
@@ -82,3 +83,13 @@ import mar
 model, tokenizer = mar.load("path/to/this/folder")
 ```
 """
+
+
+def load(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model (fp32, eval mode) and tokenizer of a MAR folder, or of anything `mar.teachers.load_teacher` takes."""
+    folder = Path(name)
+    config = folder / "config.json"
+    if config.is_file() and json.loads(config.read_text()).get("model_type") == "mar":
+        return load_student(folder), AutoTokenizer.from_pretrained(folder)
+    teacher = load_teacher(name)
+    return teacher.model, teacher.tokenizer

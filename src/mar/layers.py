@@ -45,7 +45,7 @@ class LayerTrace:
 
 @torch.no_grad()
 def llama_layers(teacher: Any, batch: Batch) -> Iterator[LayerTrace]:
-    """Run a LLaMA layer by layer; documents of a packed row neither see nor count each other. The last FFN is not run."""
+    """Run a LLaMA layer by layer, documents of a packed row apart. The last FFN is not run."""
     body = teacher.model
     hidden = body.embed_tokens(batch["input_ids"])
     positions = document_positions(batch["document_ids"])

@@ -16,19 +16,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 IGNORE_LABEL = -100
-_BLOCK_ELEMENTS = 2**18
-"""Entries of one fp32 work buffer on a CPU: four of these stay in its caches, whatever the vocabulary."""
+_BLOCK_ELEMENTS = 3 * 2**17
+"""Entries of one fp32 work buffer on a CPU: four such buffers stay in its caches, whatever the vocabulary."""
 
 
 def forward_kl(
-    teacher_logits: Float[Tensor, "*tokens vocab"], student_logits: Float[Tensor, "*tokens vocab"]
+    teacher_logits: Float[Tensor, "*tokens vocab"], student_logits: Float[Tensor, "*tokens words"]
 ) -> Float[Tensor, "*tokens"]:
     """KL(teacher || student) in nats per token: mass-covering. Takes logits or log-probabilities."""
     return bidirectional_kl(teacher_logits, student_logits, alpha=1.0, beta=0.0)
 
 
 def reverse_kl(
-    teacher_logits: Float[Tensor, "*tokens vocab"], student_logits: Float[Tensor, "*tokens vocab"]
+    teacher_logits: Float[Tensor, "*tokens vocab"], student_logits: Float[Tensor, "*tokens words"]
 ) -> Float[Tensor, "*tokens"]:
     """KL(student || teacher) in nats per token: mode-seeking. Takes logits or log-probabilities."""
     return bidirectional_kl(teacher_logits, student_logits, alpha=0.0, beta=1.0)
@@ -36,7 +36,7 @@ def reverse_kl(
 
 def bidirectional_kl(
     teacher_logits: Float[Tensor, "*tokens vocab"],
-    student_logits: Float[Tensor, "*tokens vocab"],
+    student_logits: Float[Tensor, "*tokens words"],
     alpha: float,
     beta: float,
 ) -> Float[Tensor, "*tokens"]:
@@ -251,11 +251,6 @@ class _Pair:
         _same_vocabulary(student_head.shape[0], teacher_head.shape[0])
         if chunk < 1:
             raise ValueError(f"chunk is {chunk}; it counts the tokens of one pass, so use at least 1.")
-        if len(student_hidden) != len(teacher_hidden):
-            raise ValueError(
-                f"the student has {len(student_hidden)} tokens and the teacher {len(teacher_hidden)}; "
-                "run both on the same batch."
-            )
         device, vocab = student_hidden.device, student_head.shape[0]
         self.hidden = student_hidden, teacher_hidden
         self.student = _Head(student_head, _product_dtype(student_hidden))
@@ -302,7 +297,7 @@ def _compare(z: Tensor, w: Tensor, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor
 
 
 def _add_product(total: Tensor, logit_grad: Tensor, hidden: Tensor) -> None:
-    """total += logit_grad^T hidden. By tiles of the vocabulary, because a whole 16-bit product would leave the cache."""
+    """total += logit_grad^T hidden, in tiles of the vocabulary: a 16-bit tile is still in cache when it is added."""
     hidden = hidden.to(logit_grad.dtype)
     tile = max(2**20 // hidden.shape[1], 1)
     for first in range(0, len(total), tile):

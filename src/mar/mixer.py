@@ -21,7 +21,7 @@ from mar.neurons import build_neuron
 
 
 class MixerState(NamedTuple):
-    """What a mixer carries over: the last K - 1 inputs of the convolution, (b, k - 1, c), and the state, (b, h, p, n)."""
+    """What a mixer carries over: the convolution's last K - 1 inputs (b, k - 1, c) and the state (b, h, p, n)."""
 
     conv: Tensor
     ssm: Tensor
@@ -98,7 +98,8 @@ class DiscreteMamba2(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             # bf16 logits would quantise the decay itself, so these few rows are always multiplied in fp32.
             rows = self.in_proj.weight[wide:]
-            logits = F.linear(spikes.to(rows.dtype), rows).to(torch.promote_types(rows.dtype, torch.float32))
+            rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+            logits = F.linear(spikes.to(rows.dtype), rows)
             if self.decay_bias is not None:
                 logits = logits + self.decay_bias
             log_decay = -F.softplus(logits)
@@ -107,7 +108,7 @@ class DiscreteMamba2(nn.Module):
         taps = config.conv_kernel
         past = None if state is None else state.conv
         mixed = kernels.causal_conv(xbc, self.conv_weight, self.conv_bias, past, document_ids)
-        conv = _tail(xbc, past, taps - 1)
+        conv = _tail(xbc, past, taps - 1, document_ids)
         x, b, c = mixed.split([config.inner_size, *[config.num_heads * config.state_size] * 2], dim=-1)
         x, b, c = (part.unflatten(-1, (config.num_heads, -1)) for part in (x, b, c))
         if config.bc_norm == "l2":
@@ -121,8 +122,13 @@ def _unit(vectors: Tensor, length: float) -> Tensor:
     return vectors * (torch.rsqrt(norm + 1e-12) * length).to(vectors.dtype)
 
 
-def _tail(xbc: Tensor, past: Tensor | None, count: int) -> Tensor:
-    """The last `count` inputs of the convolution, zeros standing in for what precedes the sequence."""
+def _tail(xbc: Tensor, past: Tensor | None, count: int, document_ids: Tensor | None) -> Tensor:
+    """The last `count` inputs of the convolution, zeros for what precedes the sequence or its last document."""
     if past is None:
         past = xbc.new_zeros(xbc.shape[0], count, xbc.shape[2])
-    return torch.cat([past.to(xbc.dtype), xbc], dim=1)[:, xbc.shape[1] :].detach()
+    tail = torch.cat([past.to(xbc.dtype), xbc], dim=1)[:, xbc.shape[1] :].detach()
+    if document_ids is not None and xbc.shape[1]:
+        ids = reference.segments(document_ids)
+        ids = torch.cat([ids[:, :1].expand(-1, count), ids], dim=1)[:, xbc.shape[1] :]
+        tail = tail * (ids == ids[:, -1:])[..., None]
+    return tail

@@ -1,7 +1,7 @@
 """The MAR language model as transformers classes: generate, Auto classes, caches and save/load work as for any other.
 
 Does: embed, stack of (norm, mixer, norm, FFN) with optional neurons before the four linears, head. Does not: convert
-checkpoints (mar.convert) or compute distillation losses (mar.losses).
+checkpoints (mar.conversion) or compute distillation losses (mar.losses).
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     Cache,
@@ -71,14 +70,15 @@ class MarDecoderLayer(GradientCheckpointingLayer):
         document_ids: Tensor | None = None,
     ) -> tuple[Tensor, MixerState]:
         """(b, l, d) and what precedes it to (b, l, d) and the state after it."""
-        mixed, state = self.mixer(self.input_layernorm(hidden), state, mask, document_ids)
+        mixed, after = self.mixer(self.input_layernorm(hidden), state, mask, document_ids)
         hidden = hidden + mixed
-        return hidden + self.mlp(self.post_attention_layernorm(hidden)), state
+        return hidden + self.mlp(self.post_attention_layernorm(hidden)), after
 
 
 class MarPreTrainedModel(PreTrainedModel):
     """Weight initialisation and the capabilities that transformers asks about."""
 
+    config: MarConfig
     config_class = MarConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -118,6 +118,28 @@ def spread_decay_bias(heads: int) -> Tensor:
     return torch.log(torch.expm1(rates))
 
 
+class MarCache(DynamicCache):
+    """A DynamicCache of convolution and recurrent states that also counts tokens, which `generate` asks for."""
+
+    def __init__(self, config: MarConfig):
+        super().__init__(config=config)
+        self.tokens = 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen, padding included."""
+        return self.tokens
+
+    @property
+    def is_compileable(self) -> bool:
+        """No: for a cache that is, `generate` replaces the 2-D padding mask."""
+        return False
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.tokens = 0
+
+
 class MarModel(MarPreTrainedModel):
     """Embedding, decoder layers and the final norm."""
 
@@ -143,14 +165,14 @@ class MarModel(MarPreTrainedModel):
         """Hidden states (b, l, d) after the final norm.
 
         attention_mask: (b, l) or (b, past + l), zero at padding. document_ids: (b, l) for packed rows; convolution and
-        state restart where it changes. past_key_values: a DynamicCache made for this config.
+        state restart where it changes. past_key_values: a MarCache made for this config.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give the model exactly one of input_ids and inputs_embeds.")
         hidden = inputs_embeds if inputs_embeds is not None else self.embed_tokens(input_ids)
-        use_cache = (self.config.use_cache if use_cache is None else use_cache) and not self.training
+        use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+            past_key_values = MarCache(self.config)
         mask = _padding_mask(attention_mask, hidden.shape[1])
         kept = [hidden] if output_hidden_states else None
         for index, layer in enumerate(self.layers):
@@ -160,6 +182,8 @@ class MarModel(MarPreTrainedModel):
                 _store_state(past_key_values, index, state)
             if kept is not None:
                 kept.append(hidden)
+        if isinstance(past_key_values, MarCache):
+            past_key_values.tokens += hidden.shape[1]
         hidden = self.norm(hidden)
         if kept is not None:
             kept[-1] = hidden
@@ -235,6 +259,10 @@ class MarForCausalLM(MarPreTrainedModel, GenerationMixin):
             loss=loss, logits=logits, past_key_values=output.past_key_values, hidden_states=output.hidden_states
         )
 
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # the first forward of `generate` makes a MarCache
+
     def neuron_sites(self) -> Iterator[tuple[int, Site, Neuron]]:
         """Each neuron with its layer and site, in the order in which a token meets them."""
         for index, layer in enumerate(self.model.layers):
@@ -255,6 +283,5 @@ class MarForCausalLM(MarPreTrainedModel, GenerationMixin):
         }[site]
 
 
-AutoConfig.register("mar", MarConfig)
 AutoModel.register(MarConfig, MarModel)
 AutoModelForCausalLM.register(MarConfig, MarForCausalLM)

@@ -70,17 +70,13 @@ class _Fire(torch.autograd.Function):
 
 
 def recurrence(
-    current: Float[Tensor, "*batch channels"],
-    threshold: Float[Tensor, "thresholds"],
-    config: NeuronConfig,
-    fire: Callable[[Tensor, Tensor, NeuronConfig], Tensor] = _Fire.apply,
+    current: Float[Tensor, "*batch channels"], threshold: Float[Tensor, "thresholds"], config: NeuronConfig
 ) -> Trace:
     """The T steps of one token as the papers write them, in fp32 or better; differentiable through the surrogate.
 
     `atmn` is eq. 1-4 of arXiv 2601.21503, `binary` the same with the positive spike only; pre-charged, they start from
     u_{-1} = tau sign(I) V / 2 instead of 0. `ternary` is Guo et al. (AAAI 2024): u <- 0.25 u + I at every step, a spike
     where |u| >= V / 2, hard reset u <- u (1 - |s|). threshold: V, one per channel or one for all.
-    fire(h, threshold, config) gives the spikes of one step.
     """
     current = current.to(torch.promote_types(current.dtype, torch.float32))
     membrane = torch.zeros_like(current)
@@ -92,7 +88,7 @@ def recurrence(
             h = TERNARY_LEAK * membrane + current
         else:
             h = membrane / config.tau + (current if t == 0 else 0)
-        s = fire(h, threshold, config)
+        s = _Fire.apply(h, threshold, config)
         membrane = h * (1 - s.abs()) if hard_reset else h - s * threshold
         spikes.append(s)
         membranes.append(membrane)
@@ -287,7 +283,7 @@ class Neuron(nn.Module):
 
 
 def _to_int8(spikes: Tensor) -> Tensor:
-    if spikes.isnan().any():
+    if spikes.sum().isnan():
         raise ValueError("the current holds NaN, which no spike code can say; find the layer that it comes from.")
     return spikes.to(torch.int8)
 
@@ -359,14 +355,15 @@ def _staircase(config: NeuronConfig) -> tuple[list[float], list[float]]:
         # A current fires T // n times if n steps lift the membrane to V / 2: (1 - leak^n) / (1 - leak) I >= V / 2.
         thresholds = [0.5 * (1 - TERNARY_LEAK) / (1 - TERNARY_LEAK**n) for n in range(steps, 0, -1)]
         return thresholds, [(steps // n) / steps for n in range(steps, 0, -1)]
-    return [k - (0.5 if config.precharge else 0) for k in range(1, steps + 1)], [float(k) for k in range(1, steps + 1)]
+    levels = [float(k) for k in range(1, steps + 1)]
+    return [k - (0.5 if config.precharge else 0.0) for k in levels], levels
 
 
 def _staircase_error(drive: Float[Tensor, "n channels"], config: NeuronConfig) -> Callable[[Tensor], Tensor]:
     """A function of V (channels, choices): the squared error up to sum x^2, by a few look-ups in the sorted samples.
 
     That is V^2 sum L^2 - 2 V sum x L for the output V L(x / V). With M(y) the sum and N(y) the number of the samples
-    from y up, and L rising to L_j at theta_j: sum x L = sum_j (L_j - L_{j-1}) M(theta_j V), and the same for L^2 with N.
+    from y up, and L rising to L_j at theta_j: sum x L = sum_j (L_j - L_{j-1}) M(theta_j V), and so for L^2 with N.
     """
     thresholds, levels = (torch.tensor(x, dtype=torch.float64, device=drive.device) for x in _staircase(config))
     before = torch.cat([levels.new_zeros(1), levels[:-1]])

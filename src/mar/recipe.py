@@ -1,6 +1,6 @@
 """Recipes: everything that decides a run, as dataclasses, read from YAML with dotted overrides.
 
-Does: define, read, check and shrink recipes. Does not: run them (mar.refine).
+Does: define, read, check and shrink recipes. Does not: run them (mar.refinement).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SPIKING = ("spike_align", "spike")
 
 @dataclass
 class MixerSettings:
-    """How attention becomes a mixer: see `mar.convert.convert_llama`; calibrate runs `calibrate_mixers` afterwards."""
+    """How attention becomes a mixer: see `convert_llama`, and `calibrate_mixers` for calibrate, in mar.conversion."""
 
     preset: str = "fast"
     init: str = "attention"
@@ -32,7 +32,7 @@ class MixerSettings:
 
 @dataclass
 class NeuronSettings:
-    """Which neurons go where: a default, the sites, and changes per site (`per_site: {down_proj: {time_steps: 16}}`)."""
+    """Which neurons go where: a default, the sites, and changes per site (`{down_proj: {time_steps: 16}}`)."""
 
     default: NeuronConfig = field(default_factory=NeuronConfig)
     sites: list[str] = field(default_factory=lambda: list(SITES))
@@ -110,7 +110,7 @@ class Recipe:
 
 
 def recipe_parser() -> ArgumentParser:
-    """Recipe files, dotted overrides (`--stages.align.train.tokens 1000`) and `--print_config`, unknown keys refused."""
+    """What reads recipe files and dotted overrides (`--stages.align.train.tokens 1000`); unknown keys are refused."""
     parser = ArgumentParser(prog="mar refine")
     parser.add_argument("--config", action="config")
     parser.add_class_arguments(Recipe)

@@ -2,7 +2,7 @@
 
 Does: count spikes, non-zero codes, silence and saturation per layer, site and channel; weight them by elements and by
 MACs; keep rasters. Does not: count the weight rows an engine really read (the engine does) or price spikes in joules
-(mar.energy).
+(mar.costs).
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ class SpikeReport:
         return {name: totals([s for s in self.sites if s.site == name]) for name in SITES if name in present}
 
     def rates(self) -> dict[tuple[int, Site], SiteRate]:
-        """Measured rates in the form that `mar.energy.census` takes."""
+        """Measured rates in the form that `mar.census.census` takes."""
         return {(s.layer, s.site): SiteRate(s.spikes_per_element, s.nonzero_share) for s in self.sites}
 
     def grid(self, figure: str) -> list[list[float | None]]:
@@ -238,7 +238,7 @@ class SpikeMonitor:
             kept = raster_tokens if (layer, site) in rasters else 0
             self._counters[layer, site] = _Counter(neuron, model.neuron_linears(layer, site), kept)
         if not self._counters:
-            raise ValueError("The model has no neurons to watch; insert them with mar.convert.insert_neurons first.")
+            raise ValueError("The model has no neurons to watch; insert them with mar.conversion.insert_neurons first.")
         if missing := [pair for pair in rasters if pair not in self._counters]:
             raise ValueError(f"No neuron at {missing[0]} to draw a raster of; sites are (layer, one of {list(SITES)}).")
         self._mask: Tensor | None = None
@@ -293,9 +293,9 @@ class SpikeMonitor:
     def _take_mask(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         tokens = kwargs.get("input_ids", args[0] if args else None)
-        length = (kwargs["inputs_embeds"] if tokens is None else tokens).shape[1]
+        tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
         # While decoding the mask also covers the tokens before this call.
-        self._mask = None if mask is None else mask[:, mask.shape[1] - length :].bool()
+        self._mask = None if mask is None or tokens is None else mask[:, mask.shape[1] - tokens.shape[1] :].bool()
 
     def _count_with(self, counter: _Counter) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         # Σ|s| is |Σ s|, as h and what a spike leaves of it never change sign within a token: one encode serves all.

@@ -48,14 +48,16 @@ def trained_groups(
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(TRAINABLE[trained](name))
         if parameter.requires_grad:
-            kind = "thresholds" if name.endswith(".a") else "matrices" if parameter.dim() > 1 else "vectors"
+            kind = "matrices" if parameter.dim() > 1 else "vectors"
+            if name.endswith((".a", "embed_tokens.weight", "lm_head.weight")):
+                kind = "thresholds" if name.endswith(".a") else "embeddings"
             found.setdefault((kind, clip(name)), {})[name] = parameter
     return [
         ParameterGroup(
             name=kind if tag == "all" else f"{tag}.{kind}",
             parameters=parameters,
             lr_scale=threshold_lr_scale if kind == "thresholds" else 1.0,
-            weight_decay=None if kind == "matrices" else 0.0,
+            weight_decay=None if kind in ("matrices", "embeddings") else 0.0,
             clip=tag,
             muon=kind == "matrices",
         )
@@ -122,7 +124,7 @@ class Orient:
                 raise ValueError("orient needs attention matrices: load the teacher with attn_implementation='eager'.")
             block: Any = layer
             own = block.mixer.matrix(block.input_layernorm(trace.hidden.float()), batch["document_ids"])
-            loss = matrix_distance(own, matrix.float())
+            loss = matrix_distance(matrix.float(), own)
             backward(loss)
             distances.append(loss.detach())
         return {"matrix_distance_to_llama": torch.stack(distances).mean().item()}
@@ -172,7 +174,7 @@ def _logit_loss(
 
 @dataclass
 class SpikeAlign:
-    """Each spiking mixer and FFN reconstructs its dense self from the dense model's inputs: align, for neurons (ours)."""
+    """Each spiking mixer and FFN reconstructs its dense self from the dense model's inputs (ours)."""
 
     student: MarForCausalLM
     teacher: MarForCausalLM
@@ -217,7 +219,7 @@ class Spike:
 
     features: `pre` compares the output of each layer's first RMSNorm (the paper's choice), `post` that of the final
     norm, `both` adds the two, `none` leaves logits only. against: what the teacher is, `dense` (the paper) or `llama`.
-    energy_target: MAC-weighted spikes per input above which a penalty of `energy_weight` x excess pushes down; None: off.
+    energy_target: MAC-weighted spikes per input above which `energy_weight` x excess is added; None: off.
     """
 
     student: MarForCausalLM
@@ -240,6 +242,8 @@ class Spike:
             (neuron, float(sum(linear.weight.numel() for linear in self.student.neuron_linears(layer, site))))
             for layer, site, neuron in self.student.neuron_sites()
         ]
+        if self.energy_target is not None and not macs:
+            raise ValueError("energy_target counts spikes, but the student has no neurons; insert them first.")
         total = sum(weight for _, weight in macs)
         self._sites = [(neuron, weight / total) for neuron, weight in macs]
 
@@ -276,15 +280,18 @@ class Spike:
 
     @contextmanager
     def _counting(self) -> Iterator[list[Tensor]]:
-        """MAC-weighted spike counts per site, differentiable: |I| / V cut at T stands in for the integer count."""
+        """MAC-weighted spikes per input of each site: exact, with the gradient of |I| / V cut at T."""
         counts: list[Tensor] = []
         handles = []
         if self.energy_target is not None:
             for neuron, weight in self._sites:
 
-                def count(module: nn.Module, args: tuple[Tensor], weight: float = weight) -> None:
-                    level = args[0].float().abs() / module.threshold  # type: ignore[operator]
-                    counts.append(level.clamp(max=module.config.time_steps).mean() * weight)  # type: ignore[union-attr, arg-type]
+                def count(_: nn.Module, args: tuple[Tensor], neuron: Neuron = neuron, weight: float = weight) -> None:
+                    level = args[0].float() / neuron.threshold
+                    level = level.relu() if neuron.config.kind == "binary" else level.abs()
+                    level = level.clamp(max=neuron.config.time_steps)
+                    exact = neuron.spike_count(args[0]) - level.detach()
+                    counts.append((level + exact).mean() * weight)
 
                 handles.append(neuron.register_forward_pre_hook(count))
         try:

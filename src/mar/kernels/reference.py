@@ -11,6 +11,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 
+def segments(document_ids: Int[Tensor, "b l"]) -> Int[Tensor, "b l"]:
+    """The documents of a row numbered in order, so that an id that comes back later is another document."""
+    changes = document_ids[:, 1:] != document_ids[:, :-1]
+    return torch.cat([torch.zeros_like(document_ids[:, :1]), changes.cumsum(1).to(document_ids.dtype)], dim=1)
+
+
 def scan_recurrent(
     x: Float[Tensor, "b l h p"],
     log_decay: Float[Tensor, "b l h"],
@@ -49,7 +55,8 @@ def scan_matrix(
     total = log_decay.to(torch.promote_types(log_decay.dtype, torch.float32)).cumsum(1).transpose(1, 2)  # b h l
     allowed = torch.ones(total.shape[-1], total.shape[-1], dtype=torch.bool, device=total.device).tril()
     if document_ids is not None:
-        allowed = allowed & (document_ids[:, None, :, None] == document_ids[:, None, None, :])
+        ids = segments(document_ids)
+        allowed = allowed & (ids[:, None, :, None] == ids[:, None, None, :])
     decay = (total[..., :, None] - total[..., None, :]).masked_fill(~allowed, -torch.inf).exp()
     return torch.einsum("bthn,bshn->bhts", c.to(decay.dtype), b.to(decay.dtype)) * decay
 
@@ -68,11 +75,11 @@ def causal_conv(
     before = x.new_zeros(x.shape[0], taps - 1, x.shape[2]) if past is None else past.to(x.dtype)
     padded = torch.cat([before, x], dim=1).to(work)
     y = bias.to(work).expand(x.shape).clone()
+    ids = None if document_ids is None else segments(document_ids)
     for j in range(taps):
         term = padded[:, taps - 1 - j : padded.shape[1] - j] * weight[:, taps - 1 - j].to(work)
-        if document_ids is not None:
-            first = document_ids[:, :1].expand(-1, j)
-            same = torch.cat([first, document_ids], dim=1)[:, : x.shape[1]] == document_ids
+        if ids is not None:
+            same = torch.cat([ids[:, :1].expand(-1, j), ids], dim=1)[:, : x.shape[1]] == ids
             term = term * same[..., None]
         y = y + term
     return y.to(x.dtype)

@@ -38,6 +38,7 @@ __all__ = [
     "cost",
     "crossing",
     "curve",
+    "energy",
     "measured_energy",
     "parameters",
 ]
@@ -153,15 +154,24 @@ def cost(counted: Census, table: str = "45nm-fp32", traffic: bool = False, memor
     )
 
 
-def curve(
+def energy(
     config: PreTrainedConfig,
-    contexts: Iterable[Number],
+    context: Number = 512,
     rates: Rates | None = None,
     averaging: str = "decode",
-    **price: Any,
+    table: str = "45nm-fp32",
+    traffic: bool = False,
+    memory: str = "dram-low",
+) -> EnergyReport:
+    """Modelled energy of one token: `census` counts, `cost` prices; see there for the arguments and errors."""
+    return cost(census(config, context, rates, averaging), table, traffic, memory)
+
+
+def curve(
+    config: PreTrainedConfig, contexts: Iterable[Number], rates: Rates | None = None, **options: Any
 ) -> list[EnergyReport]:
-    """One report per context; `price` goes to `cost`."""
-    return [cost(census(config, context, rates, averaging), **price) for context in contexts]
+    """One report per context; `options` are the others of `energy`."""
+    return [energy(config, context, rates, **options) for context in contexts]
 
 
 def crossing(
@@ -169,7 +179,7 @@ def crossing(
 ) -> float | None:
     """Where f - g changes sign between low and high, None if it does not; by the Illinois rule, exact for lines."""
     below, above = f(low) - g(low), f(high) - g(high)
-    if below * above > 0:
+    if below * above > 0 or below == above:
         return None
     last = 0
     while high - low > 1e-12 * high:

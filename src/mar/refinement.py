@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from mar.config import site_neurons
-from mar.convert import calibrate_mixers, convert_llama, insert_neurons
+from mar.conversion import calibrate_mixers, convert_llama, insert_neurons
 from mar.data import PackedRows, read_meta, write_documents
 from mar.folder import digest, load_student, save_student
 from mar.generate import write_text
@@ -181,8 +181,8 @@ class _RefineRun:
         for key, value in json.loads(json.dumps(settings)).items():
             if found.get(key) != value:
                 raise ValueError(
-                    f"{folder} was made with other {key} ({found.get(key)}, now {value}); refine into another folder, or "
-                    "remove this one and those after it."
+                    f"{folder} was made with other {key} ({found.get(key)}, now {value}); refine into another folder, "
+                    "or remove this one and those after it."
                 )
         return True
 

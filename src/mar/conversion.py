@@ -1,4 +1,4 @@
-"""Checkpoints in, MAR models out: LLaMA attention to mixers, published Llamba checkpoints, dense models to spiking ones.
+"""Checkpoints in, MAR models out: LLaMA attention to mixers, Llamba checkpoints, dense models to spiking ones.
 
 Does: map weights and calibrate neuron thresholds from data. Does not: train anything, or find teachers (mar.teachers).
 """
@@ -6,7 +6,7 @@ Does: map weights and calibrate neuron thresholds from data. Does not: train any
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ from mar.config import MIXER_PRESETS, MarConfig
 from mar.layers import llama_layers
 from mar.model import MarForCausalLM
 from mar.neurons import calibrate_threshold, fold_threshold
+
+MIXER_CHOICES = ("input_gain", "bc_norm", "decay_bias", "conv_kernel", "chunk_size")
+"""Fields of MarConfig that a LLaMA checkpoint leaves open."""
 
 CALIBRATION_TOKENS = 4096
 """Tokens that threshold calibration looks at per site; the least-error threshold moves little beyond a few thousand."""
@@ -43,6 +46,8 @@ def convert_llama(
         raise ValueError(f"mixer preset is {preset!r}; use one of {', '.join(map(repr, MIXER_PRESETS))}.")
     if init not in ("attention", "llamba"):
         raise ValueError(f"init is {init!r}; use 'attention' or 'llamba'.")
+    if unknown := sorted(set(choices) - set(MIXER_CHOICES)):
+        raise ValueError(f"{unknown[0]!r} is no choice of a mixer; use one of {', '.join(map(repr, MIXER_CHOICES))}.")
     config = MarConfig(
         vocab_size=source.vocab_size,
         hidden_size=source.hidden_size,
@@ -87,7 +92,7 @@ def convert_llama(
 def attention_as_ssm(weights: dict[str, Tensor], config: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q, k, v, o projections, (heads * dim, d) and (d, heads * dim), as rows for x, B, C and the output projection.
 
-    Without softmax and rotary positions, attention y_t = sum_s (q_t . k_s / sqrt(dim)) v_s is the recurrence at decay 1.
+    Without softmax and rotary positions, y_t = sum_s (q_t . k_s / sqrt(dim)) v_s is the recurrence at decay 1.
     """
     groups = config.num_attention_heads // config.num_key_value_heads
 
@@ -106,18 +111,18 @@ def _check_llama(config: Any) -> None:
         )
     if config.attention_bias:
         raise ValueError(
-            "The teacher's attention has biases (attention_bias=true), which a Discrete Mamba-2 mixer has no place for; "
+            "The teacher has attention biases (attention_bias=true), for which a Discrete Mamba-2 mixer has no place; "
             "use a checkpoint without them."
         )
     if config.num_attention_heads % config.num_key_value_heads:
         raise ValueError(
-            f"The teacher has {config.num_attention_heads} query heads for {config.num_key_value_heads} key-value heads, "
+            f"The teacher has {config.num_attention_heads} query and {config.num_key_value_heads} key-value heads, "
             "which do not divide evenly; its config.json is damaged."
         )
 
 
 RATES = (0.003, 0.006, 0.012, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
-"""Decay rates (softplus of the logit, per token) that calibration tries for every head: memories of 330 to 0.6 tokens."""
+"""Decay rates (softplus of the logit, per token) that calibration tries for each head: 330 to 0.6 tokens of memory."""
 
 
 @torch.no_grad()
@@ -134,12 +139,11 @@ def calibrate_mixers(student: MarForCausalLM, teacher: PreTrainedModel, batch: d
         raise ValueError("calibrate_mixers sets decay biases, which this mixer has not; convert with decay_bias=True.")
     ids = batch.get("document_ids")
     rates = torch.tensor(RATES)
-    for layer, attention, trace in zip(
-        student.model.layers, teacher.model.layers, llama_layers(teacher, batch), strict=False
-    ):
+    for layer, trace in zip(student.model.layers, llama_layers(teacher, batch), strict=True):
         block: Any = layer
         mixer = block.mixer
         x, _, b, c, _, _ = mixer.ssm_inputs(block.input_layernorm(trace.hidden.float()), None, None, ids)
+        assert trace.heads is not None
         heads = trace.heads.float()
         scans = [_scan_at(rate, x, b, c, ids, config) for rate in rates]
         own = torch.stack([_fit_error(scan, x, heads) for scan in scans])
@@ -154,7 +158,7 @@ def calibrate_mixers(student: MarForCausalLM, teacher: PreTrainedModel, batch: d
         # The model computes scale * (y + D x): a head that keeps next to nothing of its scan must not blow up its D.
         scale = torch.where(scale.abs() < 0.1 * skip.abs(), 0.1 * skip.abs() * torch.sign(scale), scale)
         mixer.decay_bias.copy_(torch.log(torch.expm1(rates[choice])))
-        mixer.D.copy_(skip / scale)
+        mixer.D.copy_(torch.where(scale == 0, 0.0, skip / scale))  # a head whose part of W_o is zero has no scale
         mixer.out_proj.weight.mul_(scale.repeat_interleave(config.head_dim))
 
 
@@ -164,7 +168,7 @@ def _scan_at(rate: Tensor, x: Tensor, b: Tensor, c: Tensor, ids: Tensor | None, 
 
 
 def _fit_error(y: Tensor, x: Tensor, target: Tensor) -> Tensor:
-    """Per head, the squared error left of target after its best fit by y and x, one scalar each, (b, l, h, p) to (h,)."""
+    """Squared error (h,) of target left by its best fit from y and x, one scalar each per head; all (b, l, h, p)."""
     yy, yx, xx, yt, xt, tt = (
         (a * b).sum((0, 1, 3)) for a, b in ((y, y), (y, x), (x, x), (y, target), (x, target), (target, target))
     )
@@ -202,7 +206,10 @@ def convert_llamba(folder: str | Path) -> MarForCausalLM:
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} holds no {name}; a Llamba folder has config.json and model.safetensors.")
-    config = _llamba_config(json.loads((folder / "config.json").read_text()))
+    try:
+        config = _llamba_config(json.loads((folder / "config.json").read_text()))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder / 'config.json'} is no whole JSON file ({error}); fetch it again.") from error
     student = MarForCausalLM(config)
     try:
         weights = load_file(folder / "model.safetensors")
@@ -305,12 +312,9 @@ def _site_inputs(
     for layer, site, _ in spiking.neuron_sites():
         kept = samples.setdefault((layer, site), [])
         # in_proj's weight is used directly, without its module being called: its neuron's place is hooked instead.
-        place: nn.Module = (
-            dense.model.layers[layer].mixer.in_neuron if site == "in_proj" else dense.neuron_linears(layer, site)[0]
-        )  # type: ignore[union-attr, assignment]
-        handles.append(
-            place.register_forward_pre_hook(lambda _, args, kept=kept: kept.append(args[0].flatten(0, 1).bfloat16()))
-        )
+        block: Any = dense.model.layers[layer]
+        place: nn.Module = block.mixer.in_neuron if site == "in_proj" else dense.neuron_linears(layer, site)[0]
+        handles.append(place.register_forward_pre_hook(_keep(kept)))
     seen = 0
     try:
         for batch in batches:
@@ -324,6 +328,10 @@ def _site_inputs(
     if not seen:
         raise ValueError("There is no text to calibrate thresholds on; give insert_neurons at least one batch of rows.")
     return samples
+
+
+def _keep(samples: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor]], None]:
+    return lambda _, args: samples.append(args[0].flatten(0, 1).bfloat16())
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
 
 from mar.census import COMPONENTS, Census, census, parameters
 from mar.config import MIXER_PRESETS, SITES, MarConfig, NeuronConfig, site_neurons
-from mar.energy import (
+from mar.costs import (
     MEMORIES,
     TABLES,
     break_even,
@@ -20,6 +20,7 @@ from mar.energy import (
     cost,
     crossing,
     curve,
+    energy,
     measured_energy,
 )
 from mar.model import MarForCausalLM
@@ -295,7 +296,9 @@ def test_energy_grows_with_the_rate_and_a_spiking_student_does_not_care_for_cont
 
 
 def test_llama_energy_is_a_straight_line_in_the_context():
-    at = [report.decoder for report in curve(TINY_LLAMA, [1, 11, 21], table="45nm-int8", traffic=True)]
+    reports = curve(TINY_LLAMA, [1, 11, 21], table="45nm-int8", traffic=True)
+    assert reports[1] == energy(TINY_LLAMA, 11, table="45nm-int8", traffic=True)
+    at = [report.decoder for report in reports]
     assert at[1] - at[0] == pytest.approx(at[2] - at[1])
     assert at[1] > at[0]
 
@@ -306,6 +309,7 @@ def test_crossing_finds_the_root_from_either_side_and_says_none():
     assert crossing(lambda x: x**9, lambda _: 0.5, 0, 1) == pytest.approx(0.5 ** (1 / 9))
     assert crossing(lambda x: x, lambda _: 3, 3, 5) == 3
     assert crossing(lambda x: x + 1, lambda x: x) is None
+    assert crossing(lambda x: x, lambda x: x) is None
 
 
 # Labels, side by side and errors.
