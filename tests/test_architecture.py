@@ -21,6 +21,7 @@ FLOORS = (
     {"conversion", "layers", "losses", "spikes", "teachers"},
     {"census", "data", "folder", "optimizer", "prompts", "recipe", "sources", "stages", "tasks", "trainlog"},
     {"costs", "evaluate", "generate", "quickstart", "refinement", "report", "results", "train"},
+    {"verbs"},
     {"cli"},
     {"", "__main__"},
 )

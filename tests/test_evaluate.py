@@ -134,9 +134,30 @@ def test_bf16_is_near_fp32_and_modes_come_back():
     assert not teacher.training
 
 
+def test_documents_of_packed_rows_are_read_apart():
+    """Two rows, documents of 5 + 7 and of 12 tokens: the same figures as from each document alone, 4 + 6 + 11 tokens."""
+    teacher, rows = llama(), stream(24).view(2, 12)
+    documents = torch.tensor([[0] * 5 + [1] * 7, [0] * 12])
+    students = {"near": near(teacher), "mar": mar()}
+    packed = held_out(students, teacher, rows, document_ids=documents)
+    parts = [rows[:1, :5], rows[:1, 5:], rows[1:]]
+    apart = [held_out(students, teacher, part) for part in parts]
+    for name in students:
+        assert packed[name].tokens == 21
+        for figure in ("kl", "agreement"):
+            mean = sum(n * getattr(one[name], figure).value for n, one in zip((4, 6, 11), apart, strict=True)) / 21
+            assert getattr(packed[name], figure).value == pytest.approx(mean, rel=1e-4)
+        nll = sum(n * math.log(one[name].ppl.value) for n, one in zip((4, 6, 11), apart, strict=True)) / 21
+        assert packed[name].ppl.value == pytest.approx(math.exp(nll), rel=1e-4)
+    whole = held_out(students, teacher, rows)
+    assert whole["near"].kl.value != pytest.approx(packed["near"].kl.value, rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"document_ids": torch.zeros(1, 16, dtype=torch.long)}, r"rows \(2, 16\) and document_ids \(1, 16\)"),
+        ({"document_ids": torch.arange(32).view(2, 16)}, "only documents of one token"),
         ({"tokens": stream(15)}, "too few tokens for one window of 16"),
         ({"tokens": torch.empty(0, dtype=torch.long)}, "too few tokens"),
         ({"window": 1}, "window is 1"),

@@ -42,32 +42,29 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(f"mar.{module}"), attribute)
 
 
-_REGISTERED_BY = {
-    "transformers.models.auto.configuration_auto": "mar.config",
-    "transformers.models.auto.modeling_auto": "mar.model",
-}
+_AUTO = "transformers.models.auto.configuration_auto"
 
 
 class _Registration(importlib.abc.MetaPathFinder):
-    """Imports the module that registers with a part of transformers' Auto classes, right after that part itself."""
+    """Imports mar.config, which registers itself, right after transformers' AutoConfig; the models follow on use."""
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
-        if fullname not in _REGISTERED_BY:
+        if fullname != _AUTO:
             return None
-        ours = _REGISTERED_BY.pop(fullname)
+        sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
                 execute(module)
-                importlib.import_module(ours)
+                importlib.import_module("mar.config")
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
-for _theirs, _ours in list(_REGISTERED_BY.items()):
-    if _theirs in sys.modules:
-        importlib.import_module(_ours)
-sys.meta_path.insert(0, _Registration())
+if _AUTO in sys.modules:
+    importlib.import_module("mar.config")
+else:
+    sys.meta_path.insert(0, _Registration())

@@ -6,6 +6,7 @@ model. Does not: build modules or read checkpoints.
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
@@ -110,6 +111,12 @@ class MarConfig(PreTrainedConfig):
     pad_token_id: int | None = None
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        # The Auto classes find a model by its config's class: registering the models no later than the first config
+        # is made lets `import mar` stay free of torch. By name, because the model lies above its config.
+        importlib.import_module("mar.model")
 
     def validate_architecture(self) -> None:
         """Refuse shapes and choices that make no model, with a ValueError naming field, value and remedy."""

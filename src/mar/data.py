@@ -23,7 +23,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mar.sources import HUB_PRESETS, DataConfig, Document, HubStream, LocalFiles, first_line, shuffled
+from mar.sources import DataConfig, Document, first_line, open_source, shuffled
 
 _TOKENISE = 256  # documents a call: enough to keep all cores busy, small enough that a resume wastes little
 _ROW_GROUP = 1024  # documents of a written file that are read as one block
@@ -48,10 +48,9 @@ class PackedRows:
     that does not fit goes on in the next row, where a model starts it with a fresh state. Nothing is padded or lost,
     except less than a row at the very end when `epochs` is finite.
 
-    Iterating goes on where it stopped, over epochs for ever, or `epochs` times and then from the start again. Row i of
-    the stream goes to rank i modulo `world`; the position is the same on all ranks, so one of them can save it.
-    It consists of numbers only: the place of the first token that is not yet in a row. Loading it reads and tokenises
-    that place again, hence the rows that follow are bit-identical however often a run was stopped.
+    Iterating goes on where it stopped, over epochs for ever, or `epochs` times and then from the start again. The
+    position consists of numbers only: the place of the first token that is not yet in a row. Loading it reads and
+    tokenises that place again, hence the rows that follow are bit-identical however often a run was stopped.
 
     vocab_size: bound for ready-made token ids; by default the tokenizer's size.
     Raises ValueError for data that gives no row, OSError for data that cannot be reached.
@@ -61,29 +60,32 @@ class PackedRows:
         self,
         config: DataConfig,
         tokenizer: PreTrainedTokenizerBase,
-        rank: int = 0,
-        world: int = 1,
         epochs: int | None = None,
         vocab_size: int | None = None,
     ) -> None:
-        if not 0 <= rank < world:
-            raise ValueError(f"rank {rank} is not among {world} processes; use 0 to {world - 1}.")
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no EOS token to end a document with; set tokenizer.eos_token.")
-        if isinstance(config.source, str) and (preset := HUB_PRESETS.get(config.source)):
-            config = replace(config, **{k: v for k, v in preset.items() if k == "source" or getattr(config, k) is None})
-        sources = [config.source] if isinstance(config.source, str) else config.source
-        if hub := [source for source in sources if source.startswith("hub:") or source in HUB_PRESETS]:
-            if len(sources) > 1:
-                raise ValueError(f"data.source lists {hub[0]!r} among others; a hub data set must stand alone.")
-            self._source = HubStream(sources[0], config)
-        else:
-            self._source = LocalFiles(sources, config)
-        self.config, self._tokenizer, self._rank, self._world, self._epochs = config, tokenizer, rank, world, epochs
+        self.config, self._tokenizer, self._epochs = config, tokenizer, epochs
+        self._source = open_source(config)
+        self._rank, self._world = 0, 1
         self._vocab_size = vocab_size or len(tokenizer)
         settings = {**asdict(config), "source": self._source.identity, "tokenizer": len(tokenizer)}
         self._fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         self.rewind()
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row (L)."""
+        return self.config.length
+
+    def shard(self, rank: int, world: int) -> None:
+        """From now on give out row i of the stream only where i modulo `world` is `rank`.
+
+        All ranks give out equally many rows and are at the same position after each of them.
+        """
+        if not 0 <= rank < world:
+            raise ValueError(f"rank {rank} is not among {world} processes; use 0 to {world - 1}.")
+        self._rank, self._world, self._stream = rank, world, None
 
     def rewind(self) -> None:
         """Go back to the first row."""
@@ -114,6 +116,9 @@ class PackedRows:
             self._place, row = next(self._stream)
         except StopIteration:
             self.rewind()
+            raise
+        except BaseException:
+            self._stream = None  # a broken generator would look like the end of the data next time
             raise
         return row
 

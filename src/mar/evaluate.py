@@ -19,7 +19,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mar.losses import compare_hidden
+from mar.layers import last_hidden
+from mar.losses import IGNORE_LABEL, compare_hidden
 from mar.tasks import PAPER_METRICS, TaskResults, autocast_dtype, evaluation_mode, generator, run_tasks
 
 __all__ = [
@@ -37,7 +38,7 @@ __all__ = [
 KEPT_TASKS = ("hellaswag", "arc_easy", "piqa")
 """The tasks on which models of this size are above chance, over which `kept above chance` is averaged."""
 
-_COLUMNS = ("student_nll", "teacher_nll", "kl", "reverse_kl", "agree")
+_COLUMNS = ("student_nll", "teacher_nll", "kl", "reverse_kl", "agree", "valid")
 _RESAMPLE_CELLS = 2**22  # counts held at once by `resampled_means`: 32 MB of 64-bit integers
 
 
@@ -56,9 +57,9 @@ class HeldOut:
     """One student on held-out text.
 
     against: the teacher of both KLs and of the agreement. text: what was read, in `windows` windows of `window` tokens
-    without overlap; of each window all tokens but the first are predicted, `tokens` in all. kl: KL(teacher || student)
-    and reverse_kl: KL(student || teacher), nats per token. agreement: share of tokens with the same top-1 prediction.
-    ppl_ratio: student perplexity over teacher perplexity.
+    without overlap; all tokens but the first of a window, or of a document in a packed one, are predicted: `tokens` in
+    all. kl: KL(teacher || student) and reverse_kl: KL(student || teacher), nats per token. agreement: share of tokens
+    with the same top-1 prediction. ppl_ratio: student perplexity over teacher perplexity.
     """
 
     student: str
@@ -92,6 +93,7 @@ def held_out(
     tokens: Int[Tensor, "tokens"] | Int[Tensor, "windows window"],
     window: int = 512,
     batch: int = 4,
+    document_ids: Int[Tensor, "windows window"] | None = None,
     precision: str = "fp32",
     text: str = "held-out text",
     against: str = "teacher",
@@ -102,27 +104,32 @@ def held_out(
     """Perplexity, KL and agreement of each student against `teacher`, whose forward is paid once.
 
     tokens: a token stream, cut into windows (a remainder shorter than `window` is left out), or rows that are windows
-    already. precision: `fp32` runs the weights as they are, `bf16` under autocast. text, against: names of the text and
-    of the teacher, for the record. progress: called with windows done and windows in all. Logits exist only in the
-    chunks of `mar.losses.compare_hidden`.
+    already. document_ids: of packed rows; every model starts afresh with each document. precision: `fp32` runs the
+    weights as they are, `bf16` under autocast. text, against: names of the text and of the teacher, for the record.
+    progress: called with windows done and windows in all. Logits exist only in chunks of `mar.losses.compare_hidden`.
 
-    Raises ValueError for too few tokens, ids outside the vocabulary, models of different vocabularies, and a model
-    whose output is not finite.
+    Raises ValueError for too few tokens, document_ids of another shape, ids outside the vocabulary, models of different
+    vocabularies, and a model whose output is not finite.
     """
     rows = _windows(tokens, window, text)
     _check_vocabulary(students, teacher, rows, against)
+    documents = torch.zeros_like(rows) if document_ids is None else document_ids
+    labels = _labels(rows, documents, text)
     values = {name: np.empty((len(rows), len(_COLUMNS))) for name in students}
     autocast = _autocast(teacher.device, precision)
     with torch.no_grad(), evaluation_mode(teacher, *students.values()), autocast:
         for start in range(0, len(rows), batch):
-            ids = rows[start : start + batch].to(teacher.device)
-            expected = _hidden_and_head(teacher, ids)
+            stop = min(start + batch, len(rows))
+            part = {"input_ids": rows[start:stop], "document_ids": documents[start:stop], "labels": labels[start:stop]}
+            inputs = {key: value.to(teacher.device) for key, value in part.items()}
+            target = inputs.pop("labels").reshape(-1)
+            expected = _hidden_and_head(teacher, inputs)
             for name, student in students.items():
-                measured = compare_hidden(*_hidden_and_head(student, ids), *expected, ids[:, 1:].reshape(-1))
-                columns = torch.stack([measured[key].double() for key in _COLUMNS], dim=-1)
-                values[name][start : start + len(ids)] = columns.view(len(ids), -1, len(_COLUMNS)).mean(1).cpu().numpy()
+                measured = compare_hidden(*_hidden_and_head(student, inputs), *expected, target)
+                columns = torch.stack([measured[key].double() * measured["valid"] for key in _COLUMNS], dim=-1)
+                values[name][start:stop] = columns.view(stop - start, -1, len(_COLUMNS)).mean(1).cpu().numpy()
             if progress is not None:
-                progress(min(start + batch, len(rows)), len(rows))
+                progress(stop, len(rows))
     results = {}
     for name, per_window in values.items():
         if not np.isfinite(per_window).all():
@@ -133,7 +140,7 @@ def held_out(
             text=text,
             window=rows.shape[1],
             windows=len(rows),
-            tokens=len(rows) * (rows.shape[1] - 1),
+            tokens=int((labels != IGNORE_LABEL).sum()),
             precision=precision,
             **_held_out_figures(per_window, generator(seed, text), resamples),
         )
@@ -148,6 +155,18 @@ def _windows(tokens: Tensor, window: int, text: str) -> Tensor:
     if not tokens.numel() or tokens.shape[1] < 2:
         raise ValueError(f"{text} has too few tokens for one window of {window}; give more text or a smaller window.")
     return tokens
+
+
+def _labels(rows: Tensor, documents: Tensor, text: str) -> Tensor:
+    """Next tokens (windows, window - 1), none where the next token begins a document."""
+    if documents.shape != rows.shape:
+        raise ValueError(
+            f"{text} has rows {tuple(rows.shape)} and document_ids {tuple(documents.shape)}; give one each."
+        )
+    labels = rows[:, 1:].masked_fill(documents[:, 1:] != documents[:, :-1], IGNORE_LABEL)
+    if bool((labels == IGNORE_LABEL).all()):
+        raise ValueError(f"{text} has only documents of one token, none of which can be predicted; give longer ones.")
+    return labels
 
 
 def _check_vocabulary(
@@ -169,31 +188,33 @@ def _autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=getattr(torch, dtype) if dtype else None, enabled=dtype is not None)
 
 
-def _hidden_and_head(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor]:
+def _hidden_and_head(model: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Final hidden states of all positions but the last, (batch * (window - 1), d), and the head (V, d)."""
-    hidden = model.get_submodule("model")(input_ids=ids, use_cache=False).last_hidden_state
-    return hidden[:, :-1].reshape(-1, hidden.shape[-1]), model.get_parameter("lm_head.weight")
+    hidden = last_hidden(model, inputs)[:, :-1]
+    return hidden.reshape(-1, hidden.shape[-1]), model.get_parameter("lm_head.weight")
 
 
 def _held_out_figures(
     per_window: Float[np.ndarray, "windows columns"], rng: np.random.Generator, resamples: int
 ) -> dict[str, Any]:
-    """The estimates of `HeldOut` from each window's means of `_COLUMNS`."""
-    means = resampled_means(per_window, rng, resamples)
+    """The estimates of `HeldOut` from each window's means of `_COLUMNS` over all its positions."""
+    point, means = per_window.mean(0), resampled_means(per_window, rng, resamples)
+    # Windows differ in how many of their tokens are predicted, so a mean over tokens is a ratio of two means.
+    student, teacher, kl, reverse_kl, agree = (np.append(means[:, k], point[k]) for k in range(5))
+    valid = np.append(means[:, 5], point[5])
 
-    def estimate(figure: Callable[[np.ndarray], np.ndarray]) -> Estimate:
-        value = figure(per_window.mean(0)).item()
+    def estimate(figure: np.ndarray) -> Estimate:
         if len(per_window) == 1:
-            return Estimate(value, None, None, "one window gives no interval")
-        return _estimate(value, figure(means))
+            return Estimate(float(figure[-1]), None, None, "one window gives no interval")
+        return _estimate(figure[-1], figure[:-1])
 
     return {
-        "ppl": estimate(lambda mean: np.exp(mean[..., 0])),
-        "teacher_ppl": estimate(lambda mean: np.exp(mean[..., 1])),
-        "ppl_ratio": estimate(lambda mean: np.exp(mean[..., 0] - mean[..., 1])),
-        "kl": estimate(lambda mean: mean[..., 2]),
-        "reverse_kl": estimate(lambda mean: mean[..., 3]),
-        "agreement": estimate(lambda mean: mean[..., 4]),
+        "ppl": estimate(np.exp(student / valid)),
+        "teacher_ppl": estimate(np.exp(teacher / valid)),
+        "ppl_ratio": estimate(np.exp((student - teacher) / valid)),
+        "kl": estimate(kl / valid),
+        "reverse_kl": estimate(reverse_kl / valid),
+        "agreement": estimate(agree / valid),
     }
 
 

@@ -19,7 +19,7 @@ from mar.census import census, parameters
 from mar.costs import cost, curve
 from mar.data import PackedRows
 from mar.evaluate import HeldOut, held_out
-from mar.generate import stream
+from mar.generate import prompt_ids, stream
 from mar.model import MarForCausalLM
 from mar.recipe import Recipe
 from mar.spikes import SpikeMonitor, SpikeReport
@@ -83,7 +83,7 @@ def measure(
     }
     energy, curves = {}, {}
     for name, model in models.items():
-        measured = rates[name].rates() if name in rates else None
+        measured = rates.get(name)
         report = cost(census(model.config, context, measured))
         energy[name] = {"decoder_uj": report.decoder, "with_head_uj": report.with_head, "context": context}
         reports = curve(model.config, CONTEXTS, measured)
@@ -107,15 +107,5 @@ def measure(
 def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int = 80) -> str:
     """A continuation of `prompt` as a chat turn where the tokenizer has a template; temperature 0.7, seed 0."""
     ids = prompt_ids(tokenizer, prompt)
-    torch.manual_seed(0)
     written = list(stream(model, ids, max_new_tokens=tokens, temperature=0.7, seed=0))
     return str(tokenizer.decode(written, skip_special_tokens=True))
-
-
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Tensor:
-    """Token ids (1, l) of a prompt, as a user's turn where the tokenizer has a chat template."""
-    if tokenizer.chat_template:
-        turns = [{"role": "user", "content": prompt}]
-        text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-        return tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
-    return tokenizer(prompt, return_tensors="pt").input_ids

@@ -11,7 +11,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,6 +67,8 @@ class DataConfig:
     hub_split: str | None = None
 
     def __post_init__(self) -> None:
+        if not self.source:
+            raise ValueError("data.source is empty; give a file, folder, pattern or hub data set.")
         for name, least in (("length", 1), ("window", 1), ("skip", 0), ("take", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -169,11 +171,11 @@ class LocalFiles:
 class HubStream:
     """A data set on the hub (or a local copy in its layout): shards that can only be read from their start."""
 
-    def __init__(self, source: str, config: DataConfig) -> None:
+    def __init__(self, config: DataConfig) -> None:
         # imported here because it takes a second, and local files do not need it
         from datasets import load_dataset
 
-        self._config, self._name = config, source.removeprefix("hub:")
+        self._config, self._name = config, str(config.source).removeprefix("hub:")
         if config.skip or config.take:
             raise ValueError("data.skip and data.take need local files; use data.split for a hub data set.")
         split = config.hub_split or "train"
@@ -215,6 +217,18 @@ class HubStream:
         stream, shard = self._shards[number]
         for index, record in enumerate(stream.shard(stream.num_shards, shard).skip(taken), start=taken):
             yield read_document(record, self._config, f"{self._name} (shard {number}, record {index})")
+
+
+def open_source(config: DataConfig) -> LocalFiles | HubStream:
+    """The documents that a configuration names. Raises ValueError or FileNotFoundError if there are none."""
+    sources = [config.source] if isinstance(config.source, str) else config.source
+    if hub := [source for source in sources if source.startswith("hub:") or source in HUB_PRESETS]:
+        if len(sources) > 1:
+            raise ValueError(f"data.source lists {hub[0]!r} among others; a hub data set must stand alone.")
+        preset = HUB_PRESETS.get(hub[0], {"source": hub[0]})
+        changes = {key: value for key, value in preset.items() if key == "source" or getattr(config, key) is None}
+        return HubStream(replace(config, **changes))
+    return LocalFiles(sources, config)
 
 
 def shuffled(size: int, config: DataConfig, *key: int) -> list[int]:
