@@ -31,6 +31,8 @@ def checked(function: Callable) -> Callable:
         return function
 
 
+import mar.config  # noqa: F401 - before the hook, whose data classes refuse the extra keys of a saved MarConfig
+
 install_import_hook("mar", f"{__name__}.checked")
 # beartype looks at list items at random; drawing from the shared generator it would change what training draws
 codemain.getrandbits = random.Random(0).getrandbits

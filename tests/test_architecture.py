@@ -22,6 +22,7 @@ FLOORS = (
     {"census", "data", "folder", "optimizer", "prompts", "recipe", "sources", "stages", "tasks", "trainlog"},
     {"costs", "evaluate", "generate", "quickstart", "refinement", "report", "results", "train"},
     {"verbs"},
+    {"verbs"},
     {"cli"},
     {"", "__main__"},
 )

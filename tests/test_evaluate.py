@@ -135,7 +135,7 @@ def test_bf16_is_near_fp32_and_modes_come_back():
 
 
 def test_documents_of_packed_rows_are_read_apart():
-    """Two rows, documents of 5 + 7 and of 12 tokens: the same figures as from each document alone, 4 + 6 + 11 tokens."""
+    """Documents of 5, 7 and 12 tokens in two rows: as from each document alone, with 4, 6 and 11 predicted tokens."""
     teacher, rows = llama(), stream(24).view(2, 12)
     documents = torch.tensor([[0] * 5 + [1] * 7, [0] * 12])
     students = {"near": near(teacher), "mar": mar()}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mar.conversion import convert_llama as convert  # noqa: F401
-    from mar.costs import compare as energy  # noqa: F401
+    from mar.costs import energy as energy
     from mar.folder import load as load
     from mar.generate import stream as stream
     from mar.recipe import read_recipe as read_recipe
@@ -27,7 +27,7 @@ __version__ = "0.1.0"
 _HOME = {
     "SpikeMonitor": "spikes.SpikeMonitor",
     "convert": "conversion.convert_llama",
-    "energy": "costs.compare",
+    "energy": "costs.energy",
     "load": "folder.load",
     "read_recipe": "recipe.read_recipe",
     "refine": "refinement.refine",

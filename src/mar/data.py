@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -239,14 +238,10 @@ def write_documents(path: Path, documents: Sequence[Int[Tensor, "_"]], meta: Map
     tokens = pa.array([document.tolist() for document in documents], type=pa.list_(pa.int32()))
     table = pa.table({"tokens": tokens}).replace_schema_metadata({"mar": json.dumps(dict(meta))})
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, draft = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    os.close(handle)
-    try:
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as work:
+        draft = Path(work) / path.name
         pq.write_table(table, draft, compression="zstd", row_group_size=_ROW_GROUP)
-        os.replace(draft, path)
-    except BaseException:
-        os.unlink(draft)
-        raise
+        draft.replace(path)
 
 
 def read_meta(path: Path) -> dict[str, Any]:

@@ -177,7 +177,7 @@ class TokenStream:
 
 def stream(
     model: PreTrainedModel,
-    input_ids: Int[Tensor, "1 length"],
+    input_ids: Int[Tensor, "rows length"],
     max_new_tokens: int,
     temperature: float = 1.0,
     top_p: float = 1.0,
@@ -278,7 +278,7 @@ class Session:
 
 @torch.inference_mode()
 def write_text(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     tokenizer: Tokenizer,
     prompts: list[str],
     tokens: int,

@@ -192,19 +192,15 @@ class _ChunkedKL(torch.autograd.Function):
                 hidden_grad[tokens] = torch.mm(logits, pair.student.weight) * share[tokens, None]
             if head_grad is not None:
                 _add_product(head_grad, logits, student_hidden[tokens] * share[tokens, None])
-        ctx.head_dtype = student_head.dtype
         ctx.save_for_backward(hidden_grad, head_grad)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):  # type: ignore[override]
-        hidden_grad, head_grad = ctx.saved_tensors
-        if hidden_grad is not None:
-            hidden_grad = hidden_grad * grad_output.to(hidden_grad.dtype)
-        if head_grad is not None:
-            head_grad = (head_grad * grad_output).to(ctx.head_dtype)
-        return hidden_grad, head_grad, *(None,) * 6
+        # autograd casts the head's gradient to the head's dtype
+        scaled = (None if grad is None else grad * grad_output for grad in ctx.saved_tensors)
+        return *scaled, *(None,) * 6
 
 
 class _Head:

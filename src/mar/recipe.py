@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import argparse
 import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from jsonargparse import ArgumentParser
 
-from mar.config import SITES, NeuronConfig
+from mar.config import SITES, NeuronConfig, site_neurons
 from mar.optimizer import TrainConfig
 from mar.sources import DataConfig
 
@@ -24,8 +25,8 @@ SPIKING = ("spike_align", "spike")
 class MixerSettings:
     """How attention becomes a mixer: see `convert_llama`, and `calibrate_mixers` for calibrate, in mar.conversion."""
 
-    preset: str = "fast"
-    init: str = "attention"
+    preset: Literal["fast", "llamba"] = "fast"
+    init: Literal["attention", "llamba"] = "attention"
     calibrate: bool = True
     calibration_tokens: int = 2048
 
@@ -37,6 +38,23 @@ class NeuronSettings:
     default: NeuronConfig = field(default_factory=NeuronConfig)
     sites: list[str] = field(default_factory=lambda: list(SITES))
     per_site: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # Checked here, because neurons are inserted when hours of training may have gone by.
+        known = [item.name for item in fields(NeuronConfig)]
+        for site, changes in self.per_site.items():
+            if unknown := sorted(set(changes) - set(known)):
+                raise ValueError(
+                    f"neurons.per_site.{site} has no setting {unknown[0]!r}; use one of {', '.join(known)}."
+                )
+        try:
+            self.by_site()
+        except TypeError as error:
+            raise ValueError(f"neurons.per_site {self.per_site} holds a value of a wrong type ({error}).") from error
+
+    def by_site(self) -> dict[str, dict[str, Any]]:
+        """The value of `MarConfig.neurons`."""
+        return site_neurons(self.default, self.per_site, tuple(self.sites))
 
 
 @dataclass
@@ -76,8 +94,8 @@ class StageConfig:
     teacher: Literal["dense", "llama"] | None = None
     alpha: float | None = None
     beta: float | None = None
-    features: str | None = None
-    trained: str | None = None
+    features: Literal["pre", "post", "both", "none"] | None = None
+    trained: Literal["mixers", "mixers+norms", "thresholds", "layers", "all"] | None = None
     threshold_lr_scale: float | None = None
     energy_target: float | None = None
     energy_weight: float | None = None
@@ -121,7 +139,7 @@ def debug_size(recipe: Recipe) -> Recipe:
     """The same recipe with every budget cut to two steps of one short row: for tests and for trying a setting out."""
     small = copy.deepcopy(recipe)
     small.data = replace(small.data, length=64)
-    small.writing = replace(small.writing, tokens=512, held_out_tokens=256, length=64, batch_size=8)
+    small.writing = replace(small.writing, tokens=512, held_out_tokens=256, length=128, batch_size=8)
     small.evaluation = replace(small.evaluation, tokens=256, window=64)
     small.mixer = replace(small.mixer, calibration_tokens=64)
     for stage in small.stages.values():
@@ -130,6 +148,14 @@ def debug_size(recipe: Recipe) -> Recipe:
 
 
 RECIPES = Path(__file__).parent / "recipes"
+ABLATIONS = RECIPES / "ablations"
+"""Holds rows.yaml, what each row of the paper's tables changes, and base.yaml, what all of them share."""
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes that mar ships."""
+    rows = [f"ablations/{row}" for row in yaml.safe_load((ABLATIONS / "rows.yaml").read_text())]
+    return sorted(file.stem for file in RECIPES.glob("*.yaml")) + rows
 
 
 def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -137,18 +163,25 @@ def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
 
     Raises FileNotFoundError, or ValueError that names the unknown key or unfitting value.
     """
-    file = Path(path)
+    file, settings = Path(path), list(overrides or [])
     if not file.is_file():
-        file = RECIPES / f"{path}.yaml"
-    if not file.is_file():
-        shipped = ", ".join(sorted(str(f.relative_to(RECIPES).with_suffix("")) for f in RECIPES.rglob("*.yaml")))
-        raise FileNotFoundError(f"There is no recipe {str(path)!r}; give a YAML file or one of {shipped}.")
+        name = str(path)
+        if name not in shipped_recipes():
+            raise FileNotFoundError(
+                f"There is no recipe {name!r}; give a YAML file or one of {', '.join(shipped_recipes())}."
+            )
+        file = RECIPES / f"{name}.yaml"
+        if name.startswith("ablations/"):
+            file = ABLATIONS / "base.yaml"
+            rows = yaml.safe_load((ABLATIONS / "rows.yaml").read_text())
+            settings = [f"name={name}", *rows[name.removeprefix("ablations/")], *settings]
     parser = recipe_parser()
     parser.exit_on_error = False
-    arguments = ["--config", str(file), *(f"--{override.removeprefix('--')}" for override in overrides or [])]
+    arguments = ["--config", str(file), *(f"--{setting.removeprefix('--')}" for setting in settings)]
     try:
         values = parser.instantiate(parser.parse_args(arguments)).as_dict()
     except (argparse.ArgumentError, TypeError) as error:
-        raise ValueError(f"Recipe {path}: {' '.join(str(error).split())}") from error
+        problem = " ".join(str(error).split()).replace("Problem with given class_path 'mar.recipe.StageConfig': ", "")
+        raise ValueError(f"Recipe {path}: {problem}.") from error
     values.pop("config")
     return Recipe(**values)

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 
-from mar.config import site_neurons
 from mar.conversion import calibrate_mixers, convert_llama, insert_neurons
 from mar.data import PackedRows, read_meta, write_documents
 from mar.folder import digest, load_student, save_student
@@ -31,7 +30,7 @@ from mar.prompts import HELD_OUT_PROMPTS, TRAIN_PROMPTS
 from mar.recipe import SPIKING, Recipe, StageConfig
 from mar.stages import Align, Distill, Orient, Spike, SpikeAlign
 from mar.teachers import Teacher, load_teacher
-from mar.train import train
+from mar.train import NUMBERS_STAY, train
 
 STAGES = {"orient": Orient, "align": Align, "distill": Distill, "spike_align": SpikeAlign, "spike": Spike}
 
@@ -48,8 +47,11 @@ class Refined:
 def refine(recipe: Recipe, folder: str | Path, teacher: Teacher | None = None, progress: bool = True) -> Refined:
     """Run a recipe in `folder`, or go on with it.
 
-    teacher: an already loaded one, to save time. Raises ValueError where the folder holds another recipe's run.
+    teacher: an already loaded one, to save time. Raises ValueError where the folder holds another recipe's run, and
+    before any work for a stage with a setting that its kind has no use for.
     """
+    for stage in recipe.stages.values():
+        stage_settings(stage)
     run = _RefineRun(recipe, Path(folder), teacher or load_teacher(recipe.teacher), progress)
     if recipe.data.source == "teacher":
         run.write_text()
@@ -88,7 +90,9 @@ class _RefineRun:
             while done < tokens:
                 path = self.folder / "text" / split / f"part-{part:03d}.parquet"
                 settings = {"part": part, "split": split, **asdict(wanted), "teacher": self.teacher.source}
-                if not path.is_file():
+                if path.is_file():
+                    _refuse_other(path, read_meta(path), settings)
+                else:
                     size = min(wanted.batch_size * wanted.length, tokens - done)
                     documents = write_text(
                         self.teacher.model,
@@ -128,9 +132,7 @@ class _RefineRun:
 
     def insert(self, dense: MarForCausalLM) -> MarForCausalLM:
         """The untrained spiking student, thresholds calibrated on the first rows."""
-        settings = self.recipe.neurons
-        neurons = site_neurons(settings.default, settings.per_site, tuple(settings.sites))
-        return insert_neurons(dense, neurons, self.rows().batches(1))
+        return insert_neurons(dense, self.recipe.neurons.by_site(), self.rows().batches(1))
 
     def step(self, name: str, make: Callable[[], MarForCausalLM]) -> MarForCausalLM:
         """Load the step's model if it is done, else make and save it."""
@@ -172,18 +174,14 @@ class _RefineRun:
         whole = asdict(self.recipe)
         own = {"convert": "mixer", "insert_neurons": "neurons"}
         settings = whole[own[name]] if name in own else whole["stages"][name]
+        if "train" in settings:
+            settings["train"] = {key: value for key, value in settings["train"].items() if key not in NUMBERS_STAY}
         return {"step": name, "settings": settings, "data": whole["data"], "parent": self.parent}
 
     def _is_done(self, folder: Path, settings: dict[str, Any]) -> bool:
         if not (folder / "provenance.json").is_file():
             return False
-        found = json.loads((folder / "provenance.json").read_text())
-        for key, value in json.loads(json.dumps(settings)).items():
-            if found.get(key) != value:
-                raise ValueError(
-                    f"{folder} was made with other {key} ({found.get(key)}, now {value}); refine into another folder, "
-                    "or remove this one and those after it."
-                )
+        _refuse_other(folder, json.loads((folder / "provenance.json").read_text()), settings)
         return True
 
     def _save(
@@ -201,8 +199,26 @@ class _RefineRun:
         save_student(student, self.teacher.tokenizer, folder, provenance)
 
 
-def build_objective(stage: StageConfig, student: MarForCausalLM, llama: Any, dense: MarForCausalLM | None) -> Objective:
-    """The objective of a stage. Raises ValueError for a setting its kind has no use for."""
+def _refuse_other(path: Path, found: dict[str, Any], settings: dict[str, Any]) -> None:
+    wanted = json.loads(json.dumps(settings))
+    if (kept := {key: found.get(key) for key in wanted}) != wanted:
+        raise ValueError(
+            f"{path} was made with other settings ({_first_difference(kept, wanted)}); refine into another folder, "
+            "or remove this one and what was made after it."
+        )
+
+
+def _first_difference(old: Any, new: Any, path: str = "") -> str:
+    """Where two settings differ first: `train.lr was 0.1 and is now 0.2`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in {**old, **new}:
+            if old.get(key) != new.get(key):
+                return _first_difference(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+    return f"{path} was {old!r} and is now {new!r}"
+
+
+def stage_settings(stage: StageConfig) -> dict[str, Any]:
+    """What a stage asks of its objective. Raises ValueError for a setting its kind has no use for."""
     own = {
         key: value
         for key, value in vars(stage).items()
@@ -213,6 +229,12 @@ def build_objective(stage: StageConfig, student: MarForCausalLM, llama: Any, den
         raise ValueError(f"A stage of kind {stage.kind!r} has no setting {unknown[0]!r}; remove it from the recipe.")
     if stage.teacher is not None and stage.kind != "spike":
         raise ValueError(f"A stage of kind {stage.kind!r} has a fixed teacher; remove `teacher: {stage.teacher}`.")
+    return own
+
+
+def build_objective(stage: StageConfig, student: MarForCausalLM, llama: Any, dense: MarForCausalLM | None) -> Objective:
+    """The objective of a stage. Raises ValueError for a setting its kind has no use for."""
+    own = stage_settings(stage)
     if stage.kind == "spike_align":
         return SpikeAlign(student, _frozen(dense), **own)
     if stage.kind == "spike" and stage.teacher != "llama":

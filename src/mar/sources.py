@@ -96,9 +96,9 @@ class Document(NamedTuple):
 
 def read_document(record: Mapping[str, Any], config: DataConfig, where: str) -> Document | None:
     """The document in one record of a file, or None if it is empty; `where` names the record in errors."""
-    value = record[find_column(record, config, where)]
+    value = record[column := find_column(record, config, where)]
     if value is None or isinstance(value, str):
-        prompt = record.get(config.prompt_field) if config.prompt_field else None
+        prompt = record.get(config.prompt_field) if config.prompt_field and config.prompt_field != column else None
         if not (value or "").strip():
             return None
         return Document("text", f"{prompt}\n\n{value}" if prompt else value)
@@ -301,8 +301,8 @@ def _read(block: _Block, config: DataConfig) -> list[Document]:
         try:
             with pq.ParquetFile(path) as file:
                 names = file.schema_arrow.names
-                wanted = [find_column(names, config, str(path)), *{config.prompt_field} & set(names)]
-                table = file.read_row_group(block.start, columns=wanted)
+                wanted = {find_column(names, config, str(path)), config.prompt_field} & set(names)
+                table = file.read_row_group(block.start, columns=sorted(wanted))
         except (pa.ArrowException, OSError) as error:
             raise _unreadable(path, error) from error
         records = table.slice(cut.start, cut.stop - cut.start).to_pylist()

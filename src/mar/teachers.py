@@ -110,36 +110,30 @@ def load_teacher(
     if path.is_file():
         advice = "convert it to safetensors and give" if path.suffix in PICKLES else "give"
         raise ValueError(f"{path} is no GGUF file; {advice} the folder that holds config.json and model.safetensors.")
-    if isinstance(name, str) and path.suffix not in (".gguf", ".safetensors", *PICKLES) and _HUB_ID.fullmatch(name):
-        return _load_hub(name, dtype)
+    if path.suffix not in (".gguf", ".safetensors", *PICKLES) and (match := _HUB_ID.fullmatch(str(name))):
+        return _load_hub(match["id"], match["revision"], dtype)
     raise FileNotFoundError(
         f"there is no teacher {str(name)!r}; give a folder, a .gguf file, a hub id (owner/name) or one of "
         f"{', '.join(NAMED_TEACHERS)}."
     )
 
 
-def _load_hub(name: str, dtype: torch.dtype) -> Teacher:
-    match = _HUB_ID.fullmatch(name)
-    assert match is not None
+def _load_hub(name: str, revision: str | None, dtype: torch.dtype) -> Teacher:
+    # only what a safetensors model needs, and nothing below the top level, where some keep other formats
+    wanted = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors"]
     try:
-        # Only what a safetensors model needs, and nothing below the top level: other formats are kept there.
-        folder = snapshot_download(
-            match["id"],
-            revision=match["revision"],
-            allow_patterns=["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors"],
-            ignore_patterns=["*/*"],
-        )
+        folder = snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*"])
     except GatedRepoError as error:
         raise OSError(
             f"the hub model {name!r} is gated; accept its terms on its page and log in with `hf auth login`."
         ) from error
     except Exception as error:  # the client raises errors of several libraries, each about the network or the name
         raise OSError(
-            f"there is no local {name!r}, and the Hugging Face hub did not give it ({_first_line(error)}); check the "
-            "name and the network, or give a local folder or GGUF file."
+            f"there is no local folder {name!r}, and the Hugging Face hub did not give it ({_first_line(error)}); check "
+            "the name and the network, or give a local folder or GGUF file."
         ) from error
     path = Path(folder)
-    source = {"kind": "hub", "name": match["id"], "revision": path.name, "sha256": _weights_sha256(path)}
+    source = {"kind": "hub", "name": name, "revision": path.name, "sha256": _weights_sha256(path)}
     return _load_folder(path, dtype, source)
 
 
@@ -236,8 +230,7 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> Teacher:
             raise _damaged(path, error) from error
     # transformers refuses to save, and to train, a model which bears these marks, although its weights are plain now
     for marked, mark in ((model, "hf_quantizer"), (model, "is_quantized"), (model.config, "quantization_config")):
-        if hasattr(marked, mark):
-            delattr(marked, mark)
+        vars(marked).pop(mark, None)
     if fields.get("tokenizer.ggml.pre") == "smollm":
         # transformers does not know this kind and leaves digits to the byte-level split; SmolLM cuts them out first,
         # which matters where two blanks or line ends come before a digit ("\n\n1.").

@@ -1,0 +1,231 @@
+"""The benchmarks measure what they say: ours and its peers compute the same, and each script prints its one object."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mar import kernels
+from mar.config import NeuronConfig
+from mar.losses import chunked_bidirectional_kl
+from mar.neurons import build_neuron
+from mar.optimizer import TrainConfig
+from mar.teachers import Teacher, load_teacher
+from tiny_models import llama_model, mar_config, mar_model, packed_rows, rms_ratio
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import align_quality  # noqa: E402
+import plain  # noqa: E402
+import scan  # noqa: E402
+import throughput  # noqa: E402
+import timing  # noqa: E402
+
+SENTENCE = "The river rose during the night and the children watched it from the bridge. "
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_llama_folder: Path) -> Teacher:
+    return load_teacher(tiny_llama_folder)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": SENTENCE * (1 + i % 3)}) + "\n" for i in range(40)))
+    return path
+
+
+@pytest.mark.parametrize("stage", throughput.STAGES)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_plain_and_ours_train_alike(teacher: Teacher, text: Path, tmp_path: Path, stage: str, precision: str) -> None:
+    rows = throughput.text_rows(str(text), teacher, 24, tmp_path)
+    assert next(rows)["document_ids"].max() > 0, "packed documents are part of the comparison"
+    rows.rewind()
+    dense, spiking = throughput.students(teacher, rows, spiking=True)
+    config = TrainConfig(tokens=96, batch_size=2, lr=1e-3, warmup_steps=0, precision=precision)  # type: ignore[arg-type]
+    found = throughput.measure_stage(stage, teacher, dense, spiking, rows, config, 1, ["ours", "plain"])
+    tolerance = {"fp32": 1e-4, "bf16": 0.05}[precision]
+    for figure in ("loss", "gradient_norm"):
+        ours, theirs = found[figure]["ours"], found[figure]["plain"]
+        assert ours[0] == pytest.approx(theirs[0], rel=tolerance)
+        # One step of AdamW later; it turns tiny differences of tiny gradients into whole steps.
+        assert ours[1] == pytest.approx(theirs[1], rel=20 * tolerance)
+    assert found["loss"]["ours"][0] != found["loss"]["ours"][1]
+    assert found["speedup"] == pytest.approx(found["seconds"]["plain"][0] / found["seconds"]["ours"][0])
+    assert found["tokens_per_second"]["ours"] == pytest.approx(48 / found["seconds"]["ours"][0])
+
+
+def test_plain_takes_the_place_of_every_op_and_gives_it_back() -> None:
+    before = kernels.scan, kernels.causal_conv
+    model = mar_model(neurons={"out_proj": {"time_steps": 3}})
+    batch = packed_rows()
+    with plain.plain():
+        assert kernels.scan is plain.scan
+        assert kernels.causal_conv is plain.causal_conv
+        names = _autograd_names(model.model(**batch, use_cache=False).last_hidden_state)
+    assert not names & {"_ScanBackward", "_ConvBackward", "_ClosedFormBackward"}
+    assert "ConvolutionBackward0" in names
+    assert (kernels.scan, kernels.causal_conv) == before
+    names = _autograd_names(model.model(**batch, use_cache=False).last_hidden_state)
+    assert {"_ScanBackward", "_ConvBackward", "_ClosedFormBackward"} <= names
+
+
+def _autograd_names(output: torch.Tensor) -> set[str]:
+    names, seen, waiting = set(), set(), [output.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            names.add(node.name())
+            waiting += [before for before, _ in node.next_functions]
+    return names
+
+
+@pytest.mark.parametrize("chunk", [4, 64])
+def test_plain_scan_and_convolution(chunk: int) -> None:
+    ids = packed_rows()["document_ids"]
+    inputs, dy = scan.make_inputs(2, ids.shape[1], 3, torch.float64, size=5)
+    state = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    ours = scan.gradients(lambda *tensors: kernels.scan(*tensors, state, ids, chunk)[0], inputs, dy)
+    theirs = scan.gradients(lambda *tensors: plain.scan(*tensors, state, ids, chunk)[0], inputs, dy)
+    for actual, expected in zip(theirs, ours, strict=True):
+        assert rms_ratio(actual, expected) < 1e-6  # log decay is fp32
+    last = [module.scan(*inputs, state, ids, chunk)[1] for module in (plain, kernels)]
+    assert rms_ratio(*last) < 1e-6
+
+    x, past = torch.randn(2, ids.shape[1], 6), torch.randn(2, 3, 6)
+    tensors = tuple(tensor.requires_grad_() for tensor in (x, torch.randn(6, 4), torch.randn(6), past))
+    both = [
+        scan.gradients(lambda *given, conv=module.causal_conv: conv(*given, ids), tensors, torch.ones_like(x).cumsum(1))  # type: ignore[arg-type]
+        for module in (plain, kernels)
+    ]
+    for actual, expected in zip(*both, strict=True):
+        assert rms_ratio(actual, expected) < 1e-5
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(1.0, 0.0), (0.2, 0.7)])
+def test_plain_loss(alpha: float, beta: float) -> None:
+    hidden, head, their_hidden, their_head = (torch.randn(n, 8) for n in (10, 30, 10, 30))
+    hidden.requires_grad_()
+    losses = [
+        loss(hidden, head, their_hidden, their_head, alpha, beta)
+        for loss in (plain.bidirectional_kl, chunked_bidirectional_kl)
+    ]
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
+    gradients = [torch.autograd.grad(loss, hidden)[0] for loss in losses]
+    assert rms_ratio(*gradients) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["atmn", "binary"])
+@pytest.mark.parametrize("precharge", [False, True])
+def test_plain_neuron(kind: str, precharge: bool) -> None:
+    config = NeuronConfig(kind=kind, time_steps=3, precharge=precharge)
+    neuron = build_neuron(config, 6)
+    current = (3 * torch.randn(50, 6)).requires_grad_()
+    gradient = torch.randn(50, 6)
+    results = []
+    for apply in (plain.ClosedForm.apply, lambda i, v, _: neuron(i)):
+        output = apply(current, neuron.threshold, config)
+        results.append((output.detach(), *torch.autograd.grad(output, (current, neuron.a), gradient)))
+    for actual, expected in zip(*results, strict=True):
+        assert rms_ratio(actual, expected) < 1e-5
+
+
+def test_flops_by_hand() -> None:
+    # One layer, hidden 4, FFN 6, 2 heads of 2 with a state of 3, 5 words, rows of 9 tokens; taps of the convolution: 4.
+    llama = llama_model(
+        num_hidden_layers=1,
+        hidden_size=4,
+        intermediate_size=6,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=5,
+    ).config
+    mar = mar_config(
+        num_hidden_layers=1,
+        hidden_size=4,
+        intermediate_size=6,
+        num_heads=2,
+        head_dim=2,
+        state_size=3,
+        vocab_size=5,
+    )
+    attention = 4 * (4 + 2 + 2 + 4) + 2 * 5 * 4  # q, k, v, o; 5 keys on average, scores and their use
+    ffn, head = 3 * 4 * 6, 4 * 5
+    in_proj = 4 * (4 + 12 + 4 + 2)
+    mixing = 4 * 4 + 4 * 16 + 2 * 12 + 4  # out_proj, convolution, state update and read-out, skip
+    layer = in_proj + mixing + ffn
+    expected = {
+        "align": attention + 2 * in_proj + 3 * mixing,
+        "distill": attention + ffn + head + 3 * layer + 2 * head,
+        "spike_align": 4 * layer,
+        "spike": 4 * layer + 3 * head,
+    }
+    assert {stage: throughput.flops_per_token(stage, llama, mar, 9) for stage in throughput.STAGES} == {
+        stage: 2 * macs for stage, macs in expected.items()
+    }
+
+
+def test_throughput_prints_one_object_and_measures_memory(
+    tiny_llama_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ["--length", "16", "--batch", "1", "--rounds", "1", "--threads", "1", "--peers", "ours"]
+    throughput.main(["--json", "--teacher", str(tiny_llama_folder), "--stages", "distill", *settings])
+    found = json.loads(capsys.readouterr().out)
+    assert set(found) >= {"environment", "settings", "matmul_gflops_at_model_shapes"}
+    # A process that has loaded torch, but no large model.
+    assert 0.1 < found["distill_peak_memory_gb"]["ours"] < 4
+    figures = found["stages"]["distill"]
+    limit = found["matmul_gflops_at_model_shapes"] / figures["gflop_per_token"]
+    assert figures["share_of_matmul_peak"]["ours"] == pytest.approx(figures["tokens_per_second"]["ours"] / limit)
+
+
+def test_scan_compares_the_same_map(capsys: pytest.CaptureFixture[str]) -> None:
+    scan.main(["--json", "--length", "80", "--heads", "2", "--rounds", "1", "--threads", "1", "--chunk", "32"])
+    cases = json.loads(capsys.readouterr().out)["cases"]
+    assert set(cases) == {"fp32, 2 heads", "bf16, 2 heads"}
+    for name, figures in cases.items():
+        peers = {"ours", "reference", "plain", "transformers"}
+        assert set(figures["milliseconds"]) == set(figures["share_of_matmul_peak"]) == peers
+        assert set(figures["speedup"]) == peers - {"ours"}
+        assert max(figures["difference_from_reference"].values()) < (1e-4 if name.startswith("fp32") else 0.05)
+
+
+def test_align_quality_compares_and_goes_on(
+    tiny_llama_folder: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held_out = tmp_path / "held_out.txt"
+    held_out.write_text(SENTENCE * 10)
+    arguments = ["--json", "--teacher", str(tiny_llama_folder), "--text", str(text), "--held-out", str(held_out)]
+    arguments += ["--output", str(tmp_path / "run"), "--tokens", "256", "--length", "32", "--held-out-tokens", "96"]
+    arguments += ["--threads", "1", "--set", "stages.align.train.batch_size=1"]
+    align_quality.main(arguments)
+    found = json.loads(capsys.readouterr().out)
+    runs = found["runs"]
+    assert [runs[name]["training"]["steps"] for name in ("plain", "shipped")] == [2, 8]
+    assert runs["plain"]["held_out"]["windows"] == 3
+    kls = [runs[name]["held_out"]["kl"]["value"] for name in ("shipped", "plain")]
+    assert found["kl_of_shipped_over_plain"] == pytest.approx(kls[0] / kls[1])
+    log = tmp_path / "run" / "shipped" / "1-align" / "training" / "log.jsonl"
+    written = log.stat().st_mtime_ns
+    align_quality.main(arguments)
+    assert json.loads(capsys.readouterr().out)["runs"] == runs
+    assert log.stat().st_mtime_ns == written
+
+
+def test_peers_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, calls = [0.0], []
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+
+    def peer(name: str, seconds: float) -> None:
+        calls.append(name)
+        now[0] += seconds
+
+    seconds = timing.alternate({"a": lambda: peer("a", 1.0), "b": lambda: peer("b", 3.0)}, rounds=2)
+    assert "".join(calls) == "ababba"
+    assert seconds == {"a": [1.0, 1.0], "b": [3.0, 3.0]}
+    assert timing.speedup(seconds, "a", "b") == 3.0
