@@ -41,7 +41,7 @@ def shipped_recipe(
     name: str, teacher: str, data: DataConfig, tokens: int, overrides: list[str] | None = None
 ) -> Recipe:
     """The mixer and the first align stage of a recipe, on other text and for other tokens."""
-    recipe = read_recipe(name, overrides)
+    recipe = read_recipe(name, [f"data.source={data.source}", *(overrides or [])])
     stage = next(stage for stage in recipe.stages.values() if stage.kind == "align")
     stage = replace(stage, train=replace(stage.train, tokens=tokens))
     return Recipe("shipped", teacher, data, {"align": stage}, mixer=recipe.mixer)
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--held-out-tokens", type=int, default=65_536, help="the first so many tokens are measured on")
     parser.add_argument("--length", type=int, default=512, help="tokens a row, and a window of the held-out text")
     parser.add_argument("--teacher", default="smollm2-135m", help="as in `mar refine`")
-    parser.add_argument("--recipe", default="quickstart", help="whose mixer and align stage are the shipped ones")
+    parser.add_argument("--recipe", default="smollm2-135m", help="whose mixer and align stage are the shipped ones")
     parser.add_argument("--set", nargs="*", help="changes to it, as stages.align.train.batch_size=1")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)

@@ -1,23 +1,23 @@
 """The command line: a table of verbs over plain functions.
 
-Does: parse, call, print; one JSON object on stdout with --json, everything else on stderr; errors in one line with exit
-code 2, Ctrl-C with 130. Does not: compute anything itself.
+Does: make a parser from each verb's signature and docstring, call, print; one JSON object on stdout with --json,
+everything else on stderr; errors in one line with exit code 2, Ctrl-C with 130. Does not: compute anything itself.
 """
 
 from __future__ import annotations
 
+import argparse
+import inspect
 import json
 import re
 import sys
 from collections.abc import Callable
-from typing import Any
-
-from jsonargparse import ArgumentParser
+from contextlib import redirect_stdout
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from mar import verbs
-
-OVERRIDE = re.compile(r"--[a-z_]+\.[\w.]+(=.*)?$")
-
 
 VERBS: dict[str, Callable[..., verbs.Result]] = {
     "convert": verbs.convert,
@@ -33,21 +33,62 @@ VERBS: dict[str, Callable[..., verbs.Result]] = {
     "info": verbs.info,
 }
 
+OVERRIDE = re.compile(r"--(name|teacher|[a-z_]+\.[\w.-]+)(=.*)?", re.DOTALL)
+"""A setting of a recipe: its name, its teacher, or anything with a dot in it."""
 
-def build_parser() -> ArgumentParser:
-    """One subcommand a verb, its options from the function's signature and docstring."""
-    parser = ArgumentParser(prog="mar", description="Refine a LLaMA checkpoint into a spiking state-space model.")
-    commands = parser.add_subcommands(dest="verb")
+LONG = 4000
+"""Characters of JSON above which an entry of a result is printed with --json only."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argparse parser whose errors are one line."""
+
+    def error(self, message: str) -> Any:
+        self.exit(2, f"{self.prog}: {message}; see `{self.prog} --help`.\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """One subcommand a verb: required parameters by position, the others and keyword-only ones as options."""
+    parser = _Parser(prog="mar", description="Refine a LLaMA checkpoint into a spiking state-space model.")
+    commands = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb, function in VERBS.items():
-        command = ArgumentParser(description=(function.__doc__ or "").split("\n", 1)[0])
-        command.add_function_arguments(function)
+        summary, texts = _documentation(function)
+        command = commands.add_parser(verb, help=summary.split("\n")[0], description=summary, allow_abbrev=False)
+        hints = get_type_hints(function)
+        for name, parameter in inspect.signature(function).parameters.items():
+            if name in texts:
+                _add_argument(command, parameter, hints[name], texts[name])
         command.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-        if verb == "refine":
-            command.add_argument(
-                "--print_config", action="store_true", help="print the recipe with overrides, and stop"
-            )
-        commands.add_subcommand(verb, command, help=(function.__doc__ or "").split("\n", 1)[0])
     return parser
+
+
+def _documentation(function: Callable[..., Any]) -> tuple[str, dict[str, str]]:
+    """What a docstring says about the function and about each of its arguments."""
+    summary, _, rest = inspect.cleandoc(function.__doc__ or "").partition("\n\nArgs:\n")
+    entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", rest, re.MULTILINE)
+    return " ".join(summary.split()), {name: " ".join(text.split()) for name, text in entries}
+
+
+def _add_argument(command: argparse.ArgumentParser, parameter: inspect.Parameter, hint: Any, text: str) -> None:
+    required = parameter.default is parameter.empty
+    settings: dict[str, Any] = {"help": text.replace("%", "%%")}
+    choices = [part for part in get_args(hint) if part is not NoneType] if NoneType in get_args(hint) else [hint]
+    kind = choices[0]
+    if get_origin(kind) is list:
+        kind, settings["nargs"] = get_args(kind)[0], "+"
+    if get_origin(kind) is Literal:
+        settings["choices"] = get_args(kind)
+    elif kind is bool:
+        settings["action"] = "store_true"
+    else:
+        settings["type"] = kind
+    if not required and parameter.default not in (None, False):
+        settings["default"] = parameter.default
+        settings["help"] += f" (default: {parameter.default})"
+    if required and parameter.kind is not parameter.KEYWORD_ONLY:
+        command.add_argument(parameter.name, **settings)
+    else:
+        command.add_argument(f"--{parameter.name.replace('_', '-')}", required=required, **settings)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -65,48 +106,45 @@ def main(argv: list[str] | None = None) -> None:
 
 def _run(arguments: list[str]) -> int:
     plain, overrides = _split_overrides(arguments) if arguments[:1] == ["refine"] else (arguments, [])
-    parser = build_parser()
-    values = parser.instantiate(parser.parse_args(plain))
-    verb = values.verb
-    options = dict(vars(values[verb]))
-    as_json = options.pop("json")
-    if options.pop("print_config", False):
-        print(_recipe_yaml(options["recipe"], overrides))
-        return 0
+    options = vars(build_parser().parse_args([_dashed(argument) for argument in plain]))
+    verb, as_json = options.pop("verb"), options.pop("json")
     if overrides:
-        options["overrides"] = [*(options["overrides"] or []), *overrides]
-    result = VERBS[verb](**options)
+        options["overrides"] = overrides
+    # Libraries print where they like; stdout is for the result alone.
+    with redirect_stdout(sys.stderr):
+        result = VERBS[verb](**options)
     if as_json:
         print(json.dumps(result, default=str))
+    elif options.get("print_config"):
+        print(_as_yaml(result), end="")
     elif verb not in ("chat", "generate"):
-        _say(json.dumps({key: value for key, value in result.items() if not _is_long(value)}, indent=2, default=str))
+        short = {key: value for key, value in result.items() if len(json.dumps(value, default=str)) <= LONG}
+        _say(json.dumps(short, indent=2, default=str))
     return 0
 
 
 def _split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Separate `--a.b=c` and `--a.b c` from the verb's own options."""
+    """Separate a recipe's settings, `--a.b=c` and `--a.b c`, from the verb's own arguments."""
     plain, overrides = [], []
     rest = iter(arguments)
     for argument in rest:
-        if OVERRIDE.match(argument):
+        if OVERRIDE.fullmatch(argument):
             overrides.append(argument[2:] if "=" in argument else f"{argument[2:]}={next(rest, '')}")
         else:
             plain.append(argument)
     return plain, overrides
 
 
-def _recipe_yaml(recipe: str, overrides: list[str]) -> str:
-    from dataclasses import asdict
+def _dashed(argument: str) -> str:
+    """An option's name may be written with underscores too, as it is in Python."""
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value if argument.startswith("--") else argument
 
+
+def _as_yaml(settings: dict[str, Any]) -> str:
     import yaml
 
-    from mar.recipe import read_recipe
-
-    return yaml.safe_dump(json.loads(json.dumps(asdict(read_recipe(recipe, overrides)))), sort_keys=False)
-
-
-def _is_long(value: Any) -> bool:
-    return len(json.dumps(value, default=str)) > 4000
+    return yaml.safe_dump(settings, sort_keys=False)
 
 
 def _say(text: str) -> None:

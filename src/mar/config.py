@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, no_type_check
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -73,6 +73,8 @@ def _one_of(what: str, value: Any, allowed: tuple[Any, ...]) -> None:
         raise ValueError(f"{what} is {value!r}; use one of {', '.join(map(repr, allowed))}.")
 
 
+# Runtime shape checkers would wrap the generated __init__ and lose the fields that transformers passes on.
+@no_type_check
 @strict
 class MarConfig(PreTrainedConfig):
     """A LLaMA-shaped decoder whose attention is a Discrete Mamba-2 mixer, with optional neurons before its linears.

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,39 +18,95 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from mar.checkpoint import explain_disk_full, write_json_atomically
 from mar.model import MarForCausalLM
-from mar.teachers import load_teacher
+from mar.teachers import PICKLES, _quiet, load_teacher
+
+GIVE_A_FOLDER = "give a folder that `mar refine`, `mar train` or `mar convert` wrote"
 
 
 def save_student(
     student: MarForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path, provenance: dict[str, Any]
 ) -> None:
-    """Write a plain Hugging Face folder, provenance.json last: a folder that has it is whole."""
-    with explain_disk_full(folder):
+    """Write a plain Hugging Face folder, provenance.json last: a folder that has it is whole.
+
+    provenance: JSON values, among them `step`, `teacher` and `tokens`; date and package versions are added.
+    """
+    made = {
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "packages": {name: version(name) for name in ("mar", "torch", "transformers", "accelerate")},
+    }
+    with explain_disk_full(folder), _quiet():
         folder.mkdir(parents=True, exist_ok=True)
         student.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(model_card(student, provenance))
-        write_json_atomically(folder / "provenance.json", provenance)
+        write_json_atomically(folder / "provenance.json", {**provenance, **made})
 
 
 def load_student(folder: str | Path) -> MarForCausalLM:
     """A student from its folder, in fp32 and eval mode.
 
-    Raises FileNotFoundError or ValueError, in one sentence, for what is no whole MAR folder.
+    Raises FileNotFoundError or ValueError, in one sentence, for what is no whole MAR folder with finite weights.
     """
     folder = Path(folder)
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{folder} holds no {name}; give a folder that `mar refine` or `mar convert` wrote."
-            )
-    kind = json.loads((folder / "config.json").read_text()).get("model_type")
-    if kind != "mar":
+    if (kind := model_type(folder)) != "mar":
         raise ValueError(f"{folder} holds a {kind!r} model, not a MAR one; convert it first.")
+    weights = folder / "model.safetensors"
+    if not weights.is_file():
+        if pickles := sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES):
+            raise ValueError(
+                f"{folder} holds its weights as a pickle ({pickles[0]}), which can run code when it is read; "
+                "save them as safetensors."
+            )
+        raise FileNotFoundError(f"{folder} holds no {weights.name}; {GIVE_A_FOLDER}.")
     try:
-        return MarForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        with _quiet():
+            # Wrong sizes come back in `info`, which names the tensor.
+            loaded: Any = MarForCausalLM.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                use_safetensors=True,
+                local_files_only=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
     except SafetensorError as error:
-        raise ValueError(f"{folder / 'model.safetensors'} is damaged ({error}); restore it or refine again.") from error
+        raise ValueError(f"{weights} is truncated or damaged ({error}); restore it or refine again.") from error
+    except Exception as error:  # a config shows what is wrong with it as errors of several libraries
+        problem = " ".join(str(error).split()).rstrip(".")
+        raise ValueError(f"{folder / 'config.json'} describes no MAR model ({problem}); restore it.") from error
+    student, info = loaded
+    wrong = sorted([*info["missing_keys"], *info["unexpected_keys"], *(key for key, *_ in info["mismatched_keys"])])
+    if wrong:
+        raise ValueError(
+            f"config.json and weights of {folder} do not belong together (see {wrong[0]!r}); restore them, or refine "
+            "again."
+        )
+    for name, weight in student.named_parameters():
+        if not all(bool(extreme.isfinite()) for extreme in weight.detach().aminmax()):
+            raise ValueError(f"{weights} has NaN or infinite elements in {name!r}; restore it or refine again.")
+    return student.eval()
+
+
+def model_type(folder: str | Path) -> str:
+    """What config.json says that a folder holds. Raises FileNotFoundError or ValueError where it says nothing."""
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} holds no {file.name}; {GIVE_A_FOLDER}.")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["model_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is damaged, or no model's ({error}); restore it.") from error
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a model's folder. Raises FileNotFoundError or ValueError where there is no whole one."""
+    if not (Path(folder) / "tokenizer.json").is_file():
+        raise FileNotFoundError(f"{folder} has no tokenizer.json; copy the teacher's tokenizer there.")
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # as with a config
+        problem = " ".join(str(error).split()).rstrip(".")
+        raise ValueError(f"The tokenizer in {folder} cannot be read ({problem}); copy the teacher's there.") from error
 
 
 def digest(folder: Path) -> str:
@@ -87,9 +145,7 @@ model, tokenizer = mar.load("path/to/this/folder")
 
 def load(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model (fp32, eval mode) and tokenizer of a MAR folder, or of anything `mar.teachers.load_teacher` takes."""
-    folder = Path(name)
-    config = folder / "config.json"
-    if config.is_file() and json.loads(config.read_text()).get("model_type") == "mar":
-        return load_student(folder), AutoTokenizer.from_pretrained(folder)
+    if (Path(name) / "config.json").is_file() and model_type(name) == "mar":
+        return load_student(name), load_tokenizer(name)
     teacher = load_teacher(name)
     return teacher.model, teacher.tokenizer

@@ -43,36 +43,45 @@ class LayerTrace:
     ffn: Tensor | None
 
 
-@torch.no_grad()
 def llama_layers(teacher: Any, batch: Batch) -> Iterator[LayerTrace]:
-    """Run a LLaMA layer by layer, documents of a packed row apart. The last FFN is not run."""
+    """Run a LLaMA layer by layer without gradients, documents of a packed row apart. The last FFN is not run."""
     body = teacher.model
-    hidden = body.embed_tokens(batch["input_ids"])
     positions = document_positions(batch["document_ids"])
-    mask = create_causal_mask(
-        config=teacher.config, inputs_embeds=hidden, attention_mask=None, past_key_values=None, position_ids=positions
-    )
-    rotary = body.rotary_emb(hidden, position_ids=positions)
+    # Gradients are switched off around the work and not around the yield, where the caller's own mode must hold.
+    with torch.no_grad():
+        hidden = body.embed_tokens(batch["input_ids"])
+        mask = create_causal_mask(
+            config=teacher.config,
+            inputs_embeds=hidden,
+            attention_mask=None,
+            past_key_values=None,
+            position_ids=positions,
+        )
+        rotary = body.rotary_emb(hidden, position_ids=positions)
     for index, layer in enumerate(body.layers):
-        with captured([layer.self_attn.o_proj], inputs=True) as seen:
-            mixed, _ = layer.self_attn(layer.input_layernorm(hidden), position_embeddings=rotary, attention_mask=mask)
-        middle = hidden + mixed
-        last = index == len(body.layers) - 1
-        ffn = None if last else layer.mlp(layer.post_attention_layernorm(middle))
-        yield LayerTrace(hidden, mixed, seen[0].unflatten(-1, (-1, teacher.config.head_dim)), middle, ffn)
+        with torch.no_grad():
+            normed = layer.input_layernorm(hidden)
+            with captured([layer.self_attn.o_proj], inputs=True) as seen:
+                mixed, _ = layer.self_attn(normed, position_embeddings=rotary, attention_mask=mask)
+            heads = seen[0].unflatten(-1, (-1, teacher.config.head_dim))
+            middle = hidden + mixed
+            last = index == len(body.layers) - 1
+            ffn = None if last else layer.mlp(layer.post_attention_layernorm(middle))
+        yield LayerTrace(hidden, mixed, heads, middle, ffn)
         if ffn is not None:
             hidden = middle + ffn
 
 
-@torch.no_grad()
 def mar_layers(model: MarForCausalLM, batch: Batch) -> Iterator[LayerTrace]:
-    """Run a MAR model layer by layer."""
-    hidden = model.model.embed_tokens(batch["input_ids"])
+    """Run a MAR model layer by layer without gradients."""
+    with torch.no_grad():
+        hidden = model.model.embed_tokens(batch["input_ids"])
     for layer in model.model.layers:
         block: Any = layer
-        mixed, _ = block.mixer(block.input_layernorm(hidden), None, None, batch["document_ids"])
-        middle = hidden + mixed
-        ffn = block.mlp(block.post_attention_layernorm(middle))
+        with torch.no_grad():
+            mixed, _ = block.mixer(block.input_layernorm(hidden), None, None, batch["document_ids"])
+            middle = hidden + mixed
+            ffn = block.mlp(block.post_attention_layernorm(middle))
         yield LayerTrace(hidden, mixed, None, middle, ffn)
         hidden = middle + ffn
 

@@ -13,8 +13,6 @@ import copy
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -193,8 +191,6 @@ class _RefineRun:
             "teacher": self.teacher.source,
             "tokens": tokens,
             "metrics": metrics,
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            "packages": {name: version(name) for name in ("mar", "torch", "transformers", "accelerate")},
         }
         save_student(student, self.teacher.tokenizer, folder, provenance)
 

@@ -19,6 +19,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from mar.checkpoint import replace_atomically
@@ -136,13 +137,16 @@ def _columns(rows: Sequence[ModelRow]) -> list[_Column]:
 
 
 def terminal_table(report: QuickReport) -> Table:
-    """One row a model. What is modelled says so in its column's title, all else but `parameters` is measured."""
-    table = Table(title=report.title, caption="KL, agreement, perplexity: held-out text. Spikes: MAC-weighted.")
-    table.add_column("model")
+    """One row a model. The caption says what is measured and what is modelled."""
+    caption = "Perplexity, KL, agreement, spikes: measured on held-out text. Spikes: MAC-weighted. Energy: MODELLED."
+    table = Table(title=report.title, caption=caption, box=SIMPLE_HEAD)
+    table.add_column("model", no_wrap=True)
     columns = _columns(report.rows)
     for column in columns:
-        group = f" ({column.group})" if column.group.startswith("modelled") else ""
-        table.add_column(column.title + group, justify="right")
+        energy = "µJ per token, " if column.group.startswith("modelled") else ""
+        # A narrow terminal may break titles, never figures.
+        width = max((len(column.cell(row)) for row in report.rows), default=0)
+        table.add_column(energy + column.title, justify="right", min_width=width)
     for row in report.rows:
         table.add_row(row.name, *(column.cell(row) for column in columns))
     return table
@@ -183,19 +187,22 @@ STYLE: Any = {
 
 
 def loss_figure(stage_logs: dict[str, list[dict[str, Any]]]) -> Figure:
-    """Training loss against tokens, a panel a stage, because the stages' losses are not on one scale."""
+    """Training loss against tokens, a panel a stage, because the stages' losses are not on one scale.
+
+    stage_logs: at least one stage, each with at least one record of `tokens` and `loss`.
+    """
     columns = min(3, len(stage_logs))
     rows = -(-len(stage_logs) // columns)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8.0, 0.4 + 2.1 * rows), layout="constrained")
         for number, (name, records) in enumerate(stage_logs.items()):
             axes = figure.add_subplot(rows, columns, number + 1)
-            points = [(record["tokens"], record["loss"]) for record in records if "loss" in record]
-            tokens, losses = np.array(points, dtype=float).reshape(-1, 2).T
+            tokens = np.array([record["tokens"] for record in records], dtype=float)
+            losses = np.array([record["loss"] for record in records], dtype=float)
             window = max(1, len(losses) // 15)
             smooth = np.convolve(losses, np.ones(window) / window, "valid")
             axes.plot(tokens, losses, color=LIGHT["a"], alpha=0.3 if window > 1 else 1.0, linewidth=1.0)
-            axes.plot(tokens[window - 1 :], smooth, color=LIGHT["a"])
+            axes.plot(tokens[window - 1 :], smooth, color=LIGHT["a"], marker="o" if len(records) < 15 else None)
             axes.set_title(name)
             axes.xaxis.set_major_locator(MaxNLocator(4))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _count(round(value))))
@@ -254,7 +261,7 @@ def energy_figure(energy_curves: dict[str, tuple[list[int], list[float]]]) -> Fi
         axes.set_yscale("log")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            axis(FuncFormatter(lambda value, _: f"{value:,.0f}" if f"{value:e}"[0] in "1235" else ""))
+            axis(FuncFormatter(lambda value, _: f"{value:,g}" if f"{value:e}"[0] in "1235" else ""))
         axes.set_xlabel("context, tokens")
         axes.set_ylabel("µJ per token, MODELLED")
         _legend_above(axes)
@@ -276,7 +283,7 @@ def svg(figure: Figure, salt: str = "mar") -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     # In a page these are known, and names of groups would be there more than once.
-    text = re.sub(r' xmlns(:\w+)?="[^"]*"| id="[a-z0-9]+_\d+"', "", text).replace("xlink:href", "href")
+    text = re.sub(r' xmlns(:\w+)?="[^"]*"| id="[\w.]+_\d+"', "", text).replace("xlink:href", "href")
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text))
     for role, color in LIGHT.items():
         text = text.replace(color, f"var(--{role}, {color})")
@@ -325,8 +332,9 @@ def html_report(report: QuickReport, path: Path) -> None:
             for name, text in report.samples.items()
         )
         parts.append(f'<h2>A sample from each</h2><div class="cards">{cards}</div>')
-    if report.stage_logs:
-        parts.append(_section("Training", "loss", loss_figure(report.stage_logs), "Each stage has a loss of its own."))
+    logs = {name: records for name, records in report.stage_logs.items() if records}
+    if logs:
+        parts.append(_section("Training", "loss", loss_figure(logs), "Each stage has a loss of its own."))
     if report.rates:
         text = "Mean number of spikes per input of a linear layer over the whole inner loop, measured on held-out text."
         parts.append(_section("Spikes by layer and site", "rates", rates_figure(report.rates), text))

@@ -270,7 +270,7 @@ class Spike:
                 pre, post = [], pairs
             distance = sum(torch.stack(part).mean() for part in (pre, post) if part)
             loss = loss + distance
-            metrics[f"feature_distance_to_{self.against}"] = float(distance)
+            metrics[f"feature_distance_to_{self.against}"] = float(torch.as_tensor(distance).detach())
         if self.energy_target is not None:
             spikes = torch.stack(counts).sum()
             loss = loss + self.energy_weight * torch.relu(spikes - self.energy_target)

@@ -129,8 +129,8 @@ def _load_hub(name: str, revision: str | None, dtype: torch.dtype) -> Teacher:
         ) from error
     except Exception as error:  # the client raises errors of several libraries, each about the network or the name
         raise OSError(
-            f"there is no local folder {name!r}, and the Hugging Face hub did not give it ({_first_line(error)}); check "
-            "the name and the network, or give a local folder or GGUF file."
+            f"there is no local folder {name!r}, and the Hugging Face hub did not give it ({_first_line(error)}); "
+            "check the name and the network, or give a local folder or GGUF file."
         ) from error
     path = Path(folder)
     source = {"kind": "hub", "name": name, "revision": path.name, "sha256": _weights_sha256(path)}

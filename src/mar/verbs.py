@@ -1,7 +1,8 @@
 """What each verb of the command line does, as plain functions from settings to figures.
 
-Does: load, call the library, return JSON-ready figures. Does not: parse or print results (mar.cli). Heavy modules are
-imported inside the verbs, so that `mar --help` is quick.
+Does: load, call the library, return JSON-ready figures. Does not: parse or print results (mar.cli), which makes the
+command line from these signatures and docstrings. Heavy modules are imported inside the verbs, so that `mar --help` is
+quick.
 """
 
 from __future__ import annotations
@@ -13,36 +14,40 @@ import re
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 Result = dict[str, Any]
 
 
 def convert(
-    source: str, output: Path, preset: str = "fast", init: str = "attention", text: str | None = None
+    source: str,
+    output: Path,
+    *,
+    preset: Literal["fast", "llamba"] = "fast",
+    init: Literal["attention", "llamba"] = "attention",
+    text: str | None = None,
 ) -> Result:
     """Turn a LLaMA (or a published Llamba folder) into a dense MAR folder.
 
     Args:
         source: teacher name, hub id, LLaMA folder, GGUF file, or Llamba folder.
-        output: folder to write.
-        preset: mixer choices, `fast` or `llamba` (as published).
+        output: folder to write, a new one.
+        preset: mixer choices, `llamba` being those published.
         init: `attention` starts from the attention weights, `llamba` at random.
         text: file or folder of text; with it decays and scales are calibrated on its first rows.
     """
     from mar.conversion import calibrate_mixers, convert_llama, convert_llamba
     from mar.data import PackedRows
-    from mar.folder import save_student
+    from mar.folder import digest, load_tokenizer, save_student
     from mar.sources import DataConfig
     from mar.teachers import load_teacher
 
-    config = Path(source) / "config.json"
-    if config.is_file() and "ssm_cfg" in json.loads(config.read_text()):
-        from transformers import AutoTokenizer
-
+    if (output / "config.json").exists():
+        raise ValueError(f"{output} already holds a model; give another folder, or remove it first.")
+    if _is_llamba(Path(source)):
         student = convert_llamba(source)
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        origin: dict[str, Any] = {"kind": "llamba", "name": source}
+        tokenizer = load_tokenizer(source)
+        origin: dict[str, Any] = {"kind": "llamba", "name": source, "sha256": digest(Path(source))}
     else:
         teacher = load_teacher(source)
         student = convert_llama(teacher.model, preset, init)
@@ -50,62 +55,87 @@ def convert(
         if text is not None:
             rows = PackedRows(DataConfig(source=text), tokenizer)
             calibrate_mixers(student, teacher.model, next(iter(rows.batches(4))))
-    save_student(student, tokenizer, output, {"step": "convert", "teacher": origin, "tokens": 0, "metrics": {}})
+    provenance = {"step": "convert", "settings": {"preset": preset, "init": init, "text": text}, "parent": origin}
+    save_student(student, tokenizer, output, {**provenance, "teacher": origin, "tokens": 0, "metrics": {}})
     return {"folder": str(output), "parameters": student.num_parameters()}
 
 
-def refine(recipe: str, output: Path, debug: bool = False, overrides: list[str] | None = None) -> Result:
+def _is_llamba(folder: Path) -> bool:
+    """Whether a folder has the layout of the published Llamba checkpoints, whose config names no model_type."""
+    config = folder / "config.json"
+    return config.is_file() and '"ssm_cfg"' in config.read_text(encoding="utf-8", errors="replace")
+
+
+def refine(
+    recipe: str,
+    *,
+    output: Path | None = None,
+    debug: bool = False,
+    print_config: bool = False,
+    overrides: list[str] | None = None,
+) -> Result:
     """Run a whole recipe, from teacher to measured students; the same command goes on after a stop.
 
+    Any setting of the recipe can be changed by its dotted name: --stages.align.train.tokens=1000
+
     Args:
-        recipe: a YAML file or the name of a shipped recipe. Dotted options change it: --stages.align.train.tokens=1000
-        output: the run's folder.
+        recipe: a YAML file or the name of a recipe that mar ships (quickstart, smollm2-135m, llama-3.2-1b,
+            ablations/ROW).
+        output: the run's folder; by default runs/ and the recipe's name.
         debug: cut every budget to two small steps.
-        overrides: dotted settings, as `stages.align.train.tokens=1000`.
+        print_config: print the whole recipe, changes included, as YAML (with --json as JSON) and stop.
     """
+    from dataclasses import asdict
+
     from mar.quickstart import refine_and_measure
     from mar.recipe import debug_size, read_recipe
 
     settings = read_recipe(recipe, overrides)
-    return refine_and_measure(debug_size(settings) if debug else settings, output)
+    if debug:
+        settings = debug_size(settings)
+    if print_config:
+        return json.loads(json.dumps(asdict(settings)))
+    return refine_and_measure(settings, output or Path("runs") / settings.name)
 
 
 def train(
-    kind: str,
+    kind: Literal["orient", "align", "distill", "spike_align", "spike"],
     student: Path,
+    output: Path,
+    *,
     teacher: str,
     text: str,
-    output: Path,
     tokens: int = 100_000,
     lr: float = 5e-4,
     batch_size: int = 4,
     length: int = 512,
     alpha: float | None = None,
     beta: float | None = None,
-    features: str | None = None,
-    trained: str | None = None,
+    features: Literal["pre", "post", "both", "none"] | None = None,
+    trained: Literal["mixers", "mixers+norms", "thresholds", "layers", "all"] | None = None,
     energy_target: float | None = None,
 ) -> Result:
-    """Train one stage on an existing student folder.
+    """Train one stage on an existing student folder; the same command goes on after a stop.
 
     Args:
-        kind: orient, align, distill, spike_align or spike.
+        kind: the stage.
         student: MAR folder; for spike_align and spike one with neurons.
-        teacher: LLaMA (name, hub id, folder, GGUF), or for spike_align and spike the dense MAR folder.
+        output: folder to write, another one; training state lies in its `training`.
+        teacher: LLaMA (name, hub id, folder, GGUF) or dense MAR folder; spike_align takes the latter only, spike both,
+            the others a LLaMA.
         text: training text: file, folder, glob, or a hub data set as hub:owner/name.
-        output: folder to write; training state lies in its `training`.
         tokens: budget.
         lr: peak learning rate.
         batch_size: rows a step.
         length: tokens a row.
         alpha: weight of KL(teacher || student), for distill and spike.
         beta: weight of KL(student || teacher), for distill and spike.
-        features: pre, post, both or none, for spike.
+        features: which normed features are compared, for spike.
         trained: parameter set, for distill and spike.
         energy_target: MAC-weighted spikes per input to steer to, for spike.
     """
     from mar.data import PackedRows
-    from mar.folder import digest, load_student, save_student
+    from mar.folder import digest, load_student, load_tokenizer, model_type, save_student
     from mar.optimizer import TrainConfig
     from mar.recipe import SPIKING, StageConfig
     from mar.refinement import build_objective
@@ -113,48 +143,52 @@ def train(
     from mar.teachers import load_teacher
     from mar.train import train as run
 
-    config = TrainConfig(tokens=tokens, lr=lr, batch_size=batch_size)
-    is_mar = (Path(teacher) / "config.json").is_file() and (
-        json.loads((Path(teacher) / "config.json").read_text()).get("model_type") == "mar"
-    )
-    if kind in SPIKING[:1] and not is_mar:
+    if output.exists() and any(output.samefile(other) for other in (student, Path(teacher)) if other.exists()):
+        raise ValueError(f"{output} is the student or the teacher, which would be overwritten; give another folder.")
+    by_mar = (Path(teacher) / "config.json").is_file() and model_type(teacher) == "mar"
+    if by_mar and kind not in SPIKING:
+        raise ValueError(f"{kind} learns from a LLaMA, and {teacher} holds a MAR model; give the LLaMA it came from.")
+    if not by_mar and kind == "spike_align":
         raise ValueError(
             f"{kind} compares with the dense student; give its MAR folder as the teacher, not {teacher!r}."
         )
-    model = load_student(student).train()
+    config = TrainConfig(tokens=tokens, lr=lr, batch_size=batch_size)
     stage = StageConfig(
-        kind=kind,  # type: ignore[arg-type]
+        kind=kind,
         train=config,
-        teacher=None if is_mar or kind != "spike" else "llama",
+        teacher="llama" if kind == "spike" and not by_mar else None,
         alpha=alpha,
         beta=beta,
         features=features,
         trained=trained,
         energy_target=energy_target,
     )
-    dense = load_student(teacher) if is_mar else None
-    llama = None if is_mar else load_teacher(teacher).model
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(student)
-    data = DataConfig(source=text, length=length)
-    settings = {"student": digest(student), "teacher": teacher, "kind": kind, "alpha": alpha, "beta": beta}
+    model, tokenizer = load_student(student).train(), load_tokenizer(student)
+    dense, llama = None, None
+    if by_mar:
+        dense = load_student(teacher)
+        source = {"kind": "folder", "name": teacher, "sha256": digest(Path(teacher))}
+    else:
+        loaded = load_teacher(teacher)
+        llama, source = loaded.model, loaded.source
+    parent = {"kind": "folder", "name": str(student), "sha256": digest(student)}
+    own = {"alpha": alpha, "beta": beta, "features": features, "trained": trained, "energy_target": energy_target}
     metrics = run(
         build_objective(stage, model, llama, dense),
-        PackedRows(data, tokenizer, vocab_size=model.config.vocab_size),
+        PackedRows(DataConfig(source=text, length=length), tokenizer, vocab_size=model.config.vocab_size),
         config,
         output / "training",
-        recipe={**settings, "features": features, "trained": trained, "energy_target": energy_target},
+        recipe={"kind": kind, "student": parent, "teacher": source, **own},
     )
-    origin = {"kind": "folder", "name": str(student)}
-    save_student(
-        model.eval(), tokenizer, output, {"step": kind, "teacher": origin, "tokens": tokens, "metrics": metrics}
-    )
+    settings = {**own, "text": text, "tokens": tokens, "lr": lr, "batch_size": batch_size, "length": length}
+    provenance = {"step": kind, "settings": settings, "parent": parent, "teacher": source}
+    save_student(model.eval(), tokenizer, output, {**provenance, "tokens": metrics["tokens"], "metrics": metrics})
     return {"folder": str(output), **metrics}
 
 
 def evaluate(
     models: list[Path],
+    *,
     teacher: str,
     text: str | None = None,
     tokens: int = 100_000,
@@ -189,7 +223,7 @@ def evaluate(
     if text is None and not tasks:
         raise ValueError("There is nothing to evaluate on; give --text, --tasks or both.")
     source = load_teacher(teacher)
-    students = {folder.name: load_student(folder) for folder in models}
+    students = {str(folder): load_student(folder) for folder in models}
     result: Result = {}
     if text is not None:
         data = DataConfig(source=text)
@@ -206,12 +240,13 @@ def evaluate(
 
 def energy(
     models: list[str],
+    *,
     context: int = 512,
     spikes: float | None = None,
     nonzero: float | None = None,
     text: str | None = None,
     tables: list[str] | None = None,
-    averaging: str = "decode",
+    averaging: Literal["decode", "prefill"] = "decode",
 ) -> Result:
     """Modelled energy per token: compute only, and compute plus memory, in several cost tables.
 
@@ -222,14 +257,13 @@ def energy(
         nonzero: assumed share of non-zero inputs.
         text: instead of assuming, measure the rates on this text.
         tables: 45nm-fp32 (the paper's), 45nm-fp16, 45nm-int8.
-        averaging: decode (a token at this context) or prefill (mean over a prefill of this length).
+        averaging: a token decoded at this context, or the mean over a prefill of this length.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
-    from mar.config import SITES
     from mar.costs import compare
     from mar.data import PackedRows
-    from mar.folder import load_student
+    from mar.folder import load_student, load_tokenizer
     from mar.results import spike_rates
     from mar.sources import DataConfig
     from mar.spikes import SiteRate
@@ -245,27 +279,26 @@ def energy(
         labels[name] = "no neurons"
         if getattr(config, "neurons", None):
             if text is not None:
-                rows = PackedRows(DataConfig(source=text), AutoTokenizer.from_pretrained(folder), epochs=1)
-                rates = spike_rates(load_student(folder), next(iter(rows.batches(8))), text).rates()
+                rows = PackedRows(DataConfig(source=text), load_tokenizer(folder), epochs=1)
+                rates = spike_rates(load_student(folder), next(iter(rows.batches(8))), text)
                 labels[name] = f"rates measured on {text}"
             elif spikes is not None:
-                rates = {site: SiteRate(spikes, nonzero if nonzero is not None else min(1.0, spikes)) for site in SITES}
-                rates = {site: rates[site] for site in config.neurons}
+                assumed = SiteRate(spikes, nonzero if nonzero is not None else min(1.0, spikes))
+                rates = dict.fromkeys(config.neurons, assumed)
                 labels[name] = "rates assumed"
             else:
                 raise ValueError(f"{name} has neurons; give --text to measure their rates, or --spikes to assume them.")
         pairs[name] = (config, rates)
-    options = {} if tables is None else {"tables": tables}
     return {
         "label": "modelled, µJ per token",
         "context": context,
         "averaging": averaging,
         "rates": labels,
-        "models": compare(pairs, context, averaging=averaging, **options),
+        "models": compare(pairs, context, tables or ("45nm-fp32", "45nm-int8"), averaging),
     }
 
 
-def spikes(model: Path, text: str, tokens: int = 4096) -> Result:
+def spikes(model: Path, text: str, *, tokens: int = 4096) -> Result:
     """Count the spikes of a spiking model on a text, per layer and site.
 
     Args:
@@ -273,19 +306,17 @@ def spikes(model: Path, text: str, tokens: int = 4096) -> Result:
         text: file or folder of text.
         tokens: how much of it.
     """
-    from transformers import AutoTokenizer
-
     from mar.data import PackedRows
-    from mar.folder import load_student
+    from mar.folder import load_student, load_tokenizer
     from mar.results import spike_rates
     from mar.sources import DataConfig
 
-    rows = PackedRows(DataConfig(source=text, length=min(512, tokens)), AutoTokenizer.from_pretrained(model))
+    rows = PackedRows(DataConfig(source=text, length=min(512, tokens)), load_tokenizer(model))
     batch = next(iter(rows.batches(max(1, tokens // rows.length))))
     return spike_rates(load_student(model), batch, text).to_dict()
 
 
-def generate(model: str, prompt: str, tokens: int = 100, temperature: float = 0.7, seed: int = 0) -> Result:
+def generate(model: str, prompt: str, *, tokens: int = 100, temperature: float = 0.7, seed: int = 0) -> Result:
     """Continue a prompt.
 
     Args:
@@ -307,7 +338,7 @@ def generate(model: str, prompt: str, tokens: int = 100, temperature: float = 0.
     return {"text": text, "tokens": len(ids)}
 
 
-def chat(model: str, tokens: int = 200, temperature: float = 0.7, seed: int = 0) -> Result:
+def chat(model: str, *, tokens: int = 200, temperature: float = 0.7, seed: int = 0) -> Result:
     """Talk with a model; its state is kept over turns. An empty line or Ctrl-D ends.
 
     Args:
@@ -333,7 +364,7 @@ def chat(model: str, tokens: int = 200, temperature: float = 0.7, seed: int = 0)
         turns += 1
 
 
-def quickstart(output: Path = Path("runs/quickstart"), minutes: float = 10.0, debug: bool = False) -> Result:
+def quickstart(*, output: Path = Path("runs/quickstart"), minutes: float = 10.0, debug: bool = False) -> Result:
     """Refine SmolLM2-135M into a small spiking model on text that it writes itself, and report on it.
 
     Args:
