@@ -15,6 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, MistralC
 from mar.config import MIXER_PRESETS, SITES, NeuronConfig, site_neurons
 from mar.conversion import calibrate_mixers, convert_llama, convert_llamba, fold_thresholds, insert_neurons
 from mar.layers import captured
+from mar.losses import forward_kl
 from mar.model import MarForCausalLM
 from mar.neurons import build_neuron
 from mar.stages import Align
@@ -370,7 +371,7 @@ def test_llamba_tensors_that_are_missing_unknown_or_too_many(tmp_path):
         convert_llamba(tmp_path)
     write_llamba(tmp_path, {**LLAMBA, "n_layer": 3})
     (tmp_path / "config.json").write_text(json.dumps(LLAMBA))
-    with pytest.raises(ValueError, match="has more layers than config.json says"):
+    with pytest.raises(ValueError, match=r"has more layers than config\.json says"):
         convert_llamba(tmp_path)
 
 
@@ -379,9 +380,7 @@ def test_llamba_config_and_weights_of_different_models(tmp_path):
     weights = load_file(tmp_path / "model.safetensors")
     weights["backbone.layers.0.mlp.up_proj.weight"] = torch.zeros(40, 32)
     save_file(weights, tmp_path / "model.safetensors")
-    with pytest.raises(
-        ValueError, match=r"up_proj\.weight' has shape \(40, 32\) where config.json asks for \(48, 32\)"
-    ):
+    with pytest.raises(ValueError, match=r"up_proj\.weight' has shape \(40, 32\) .* asks for \(48, 32\)"):
         convert_llamba(tmp_path)
 
 
@@ -416,15 +415,18 @@ def batches(count: int = 2) -> list[dict[str, Tensor]]:
 
 
 def test_fine_neurons_nearly_reproduce_the_dense_model():
-    """127 levels and rounding leave little error; the code's error falls as levels are added."""
-    dense, held_out = mar_model(), packed_rows(seed=1)
+    """127 levels with rounding leave next to nothing, on text other than calibration's; fewer levels leave more."""
+    teacher, held_out = llama_model(), packed_rows(seed=1)
+    dense = convert_llama(teacher)
+    calibrate_mixers(dense, teacher, packed_rows(seed=2))
     expected = dense(**held_out).logits
-    errors = []
+    distances = []
     for time_steps in (4, 16, 127):
         neurons = site_neurons(NeuronConfig(time_steps=time_steps, precharge=True))
-        errors.append(rms_ratio(insert_neurons(dense, neurons, batches())(**held_out).logits, expected))
-    assert errors[0] > errors[1] > errors[2]
-    assert errors[2] < 0.05
+        spiking = insert_neurons(dense, neurons, batches())
+        distances.append(forward_kl(expected, spiking(**held_out).logits).mean().item())
+    assert distances[0] > 4 * distances[1] > 16 * distances[2] > 0
+    assert distances[2] < 0.01
 
 
 def test_a_spiking_model_differs_from_its_dense_one_in_neurons_only():
@@ -498,7 +500,7 @@ def test_inserting_neurons_needs_text_and_a_dense_model():
 def test_activations_that_are_not_finite_name_their_site():
     dense = mar_model()
     dense.model.layers[1].mlp.up_proj.weight.data[3, 4] = torch.nan
-    with pytest.raises(ValueError, match="neuron of layer 1, site down_proj: .*not finite"):
+    with pytest.raises(ValueError, match=r"neuron of layer 1, site down_proj: .*not finite"):
         insert_neurons(dense, site_neurons(NeuronConfig()), batches())
 
 

@@ -13,7 +13,6 @@ import re
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -48,9 +47,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """One subcommand a verb: required parameters by position, the others and keyword-only ones as options."""
+    """One subcommand a verb: positional-only parameters are given by position, the others as options."""
     parser = _Parser(prog="mar", description="Refine a LLaMA checkpoint into a spiking state-space model.")
-    commands = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    commands = parser.add_subparsers(dest="verb", required=True, metavar="VERB", title="verbs")
     for verb, function in VERBS.items():
         summary, texts = _documentation(function)
         command = commands.add_parser(verb, help=summary.split("\n")[0], description=summary, allow_abbrev=False)
@@ -70,25 +69,25 @@ def _documentation(function: Callable[..., Any]) -> tuple[str, dict[str, str]]:
 
 
 def _add_argument(command: argparse.ArgumentParser, parameter: inspect.Parameter, hint: Any, text: str) -> None:
-    required = parameter.default is parameter.empty
+    """Offer one parameter; its hint is a type that takes a string, bool, a Literal, a list, or one of these or None."""
     settings: dict[str, Any] = {"help": text.replace("%", "%%")}
-    choices = [part for part in get_args(hint) if part is not NoneType] if NoneType in get_args(hint) else [hint]
-    kind = choices[0]
+    (kind,) = [part for part in get_args(hint) if part is not NoneType] if NoneType in get_args(hint) else [hint]
     if get_origin(kind) is list:
-        kind, settings["nargs"] = get_args(kind)[0], "+"
+        (kind,), settings["nargs"] = get_args(kind), "+"
     if get_origin(kind) is Literal:
         settings["choices"] = get_args(kind)
     elif kind is bool:
         settings["action"] = "store_true"
     else:
         settings["type"] = kind
-    if not required and parameter.default not in (None, False):
+    required = parameter.default is parameter.empty
+    if not (required or parameter.default is None or parameter.default is False):
         settings["default"] = parameter.default
         settings["help"] += f" (default: {parameter.default})"
-    if required and parameter.kind is not parameter.KEYWORD_ONLY:
-        command.add_argument(parameter.name, **settings)
-    else:
+    if parameter.kind is not parameter.POSITIONAL_ONLY:
         command.add_argument(f"--{parameter.name.replace('_', '-')}", required=required, **settings)
+    else:
+        command.add_argument(parameter.name, **settings if required else {**settings, "nargs": "?"})
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -112,7 +111,7 @@ def _run(arguments: list[str]) -> int:
         options["overrides"] = overrides
     # Libraries print where they like; stdout is for the result alone.
     with redirect_stdout(sys.stderr):
-        result = VERBS[verb](**options)
+        result = _call(VERBS[verb], options)
     if as_json:
         print(json.dumps(result, default=str))
     elif options.get("print_config"):
@@ -121,6 +120,13 @@ def _run(arguments: list[str]) -> int:
         short = {key: value for key, value in result.items() if len(json.dumps(value, default=str)) <= LONG}
         _say(json.dumps(short, indent=2, default=str))
     return 0
+
+
+def _call(function: Callable[..., verbs.Result], options: dict[str, Any]) -> verbs.Result:
+    parameters = inspect.signature(function).parameters.values()
+    by_position = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_ONLY]
+    named = {name: value for name, value in options.items() if name not in by_position}
+    return function(*(options[name] for name in by_position), **named)
 
 
 def _split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:

@@ -7,6 +7,7 @@ Does: say beforehand what it takes, run, measure, write results.json and report.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import shutil
@@ -42,7 +43,7 @@ NOTES = [
 
 def quickstart(output: Path, minutes: float = 10.0, debug: bool = False) -> dict[str, Any]:
     """Run the recipe `quickstart` in `output`, its token budgets scaled by minutes / 10, and report on it."""
-    if not minutes > 0:
+    if not 0 < minutes < math.inf:
         raise ValueError(f"minutes is {minutes}; give a number above 0.")
     recipe = read_recipe("quickstart")
     for stage in recipe.stages.values():
@@ -56,9 +57,12 @@ def refine_and_measure(recipe: Recipe, output: Path) -> dict[str, Any]:
     started = time.monotonic()
     teacher = load_teacher(recipe.teacher)
     announce(recipe, output, teacher)
+    # Text that is there already is read before the hours of training, because it may turn out to be missing or short.
+    written_first = recipe.data.source == "teacher" and recipe.evaluation.data is None
+    held_out = None if written_first else evaluation_rows(recipe, output, teacher)
     refined = refine(recipe, output, teacher)
     students = {name: load_student(folder) for name, folder in refined.students.items()}
-    rows, text = evaluation_rows(recipe, output, teacher)
+    rows, text = held_out or evaluation_rows(recipe, output, teacher)
     _say(f"Measuring on {rows['input_ids'].numel():,} tokens of {text}.")
     figures = measure(students, teacher, rows, text)
     models: dict[str, Any] = {"teacher": teacher.model, **students}

@@ -75,7 +75,11 @@ class WritingSettings:
 
 @dataclass
 class EvaluationSettings:
-    """What students are measured on: `tokens` of `data` in windows of `window`; None: the teacher's held-out text."""
+    """What students are measured on: `tokens` of `data` in windows of `window`.
+
+    data: None means the text that the teacher writes for this, or the held-out side where the recipe's own
+    `data.split` is `train`.
+    """
 
     data: DataConfig | None = None
     tokens: int = 20_000

@@ -231,11 +231,11 @@ def stage_settings(stage: StageConfig) -> dict[str, Any]:
 def build_objective(stage: StageConfig, student: MarForCausalLM, llama: Any, dense: MarForCausalLM | None) -> Objective:
     """The objective of a stage. Raises ValueError for a setting its kind has no use for."""
     own = stage_settings(stage)
-    if stage.kind == "spike_align":
-        return SpikeAlign(student, _frozen(dense), **own)
-    if stage.kind == "spike" and stage.teacher != "llama":
-        return Spike(student, _frozen(dense), **own)
-    target = _frozen(llama)
+    by_dense = stage.kind == "spike_align" or (stage.kind == "spike" and stage.teacher != "llama")
+    target = _frozen(dense if by_dense else llama)
+    _check_pair(stage.kind, student, target)
+    if by_dense:
+        return STAGES[stage.kind](student, target, **own)
     if stage.train.precision == "bf16":
         # A copy, because the caller's teacher stays in fp32 for evaluation.
         target = copy.deepcopy(target).to(torch.bfloat16)
@@ -244,6 +244,19 @@ def build_objective(stage: StageConfig, student: MarForCausalLM, llama: Any, den
     if stage.kind == "spike":
         own["against"] = "llama"
     return STAGES[stage.kind](student, target, **own)
+
+
+def _check_pair(kind: str, student: MarForCausalLM, teacher: Any) -> None:
+    if kind in SPIKING and student.config.neurons is None:
+        raise ValueError(f"A stage of kind {kind!r} needs a student with neurons; insert them first.")
+    # Predictions are compared word by word, layers one by one; the paper's features are those of layers too.
+    for name in ("vocab_size",) if kind == "distill" else ("vocab_size", "hidden_size", "num_hidden_layers"):
+        own, wanted = getattr(student.config, name), getattr(teacher.config, name)
+        if own != wanted:
+            raise ValueError(
+                f"The student's {name} is {own} and its teacher's {wanted}; a stage of kind {kind!r} needs them equal, "
+                "so give the teacher that the student came from."
+            )
 
 
 def _frozen(model: Any) -> Any:

@@ -120,9 +120,9 @@ def _columns(rows: Sequence[ModelRow]) -> list[_Column]:
     targets = {row.against for row in rows} - {None}
     measured, modelled = "measured on held-out text", "modelled, µJ per token"
     columns = [
-        _Column("", "parameters", lambda row: row.parameters, _count),
+        _Column("", "params", lambda row: row.parameters, _count),
         _Column(measured, "perplexity", lambda row: row.perplexity, _digits),
-        _Column(measured, "KL, nats", lambda row: row.kl, _digits),
+        _Column(measured, "KL (nats)", lambda row: row.kl, _digits),
         _Column(measured, "top-1 agreement", lambda row: row.agreement, _percent),
         _Column(measured, "spikes per input, r·T", lambda row: row.spikes_per_input, _digits),
         _Column(measured, "non-zero inputs", lambda row: row.nonzero, _percent),
@@ -130,7 +130,7 @@ def _columns(rows: Sequence[ModelRow]) -> list[_Column]:
         _Column(modelled, "with LM head", lambda row: row.energy_total_uj, _digits),
     ]
     if len(targets) == 1:
-        columns[2] = _Column(measured, f"KL to {targets.pop()}, nats", lambda row: row.kl, _digits)
+        columns[2] = _Column(measured, f"KL to {targets.pop()} (nats)", lambda row: row.kl, _digits)
     elif targets:
         columns.insert(3, _Column(measured, "KL to", lambda row: row.against, str))
     return columns
@@ -139,14 +139,14 @@ def _columns(rows: Sequence[ModelRow]) -> list[_Column]:
 def terminal_table(report: QuickReport) -> Table:
     """One row a model. The caption says what is measured and what is modelled."""
     caption = "Perplexity, KL, agreement, spikes: measured on held-out text. Spikes: MAC-weighted. Energy: MODELLED."
-    table = Table(title=report.title, caption=caption, box=SIMPLE_HEAD)
+    table = Table(title=report.title, caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("model", no_wrap=True)
     columns = _columns(report.rows)
     for column in columns:
-        energy = "µJ per token, " if column.group.startswith("modelled") else ""
+        energy = "µJ per token " if column.group.startswith("modelled") else ""
         # A narrow terminal may break titles, never figures.
         width = max((len(column.cell(row)) for row in report.rows), default=0)
-        table.add_column(energy + column.title, justify="right", min_width=width)
+        table.add_column(energy + column.title, justify="right", min_width=width, overflow="fold")
     for row in report.rows:
         table.add_row(row.name, *(column.cell(row) for column in columns))
     return table

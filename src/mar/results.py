@@ -34,9 +34,15 @@ def evaluation_rows(recipe: Recipe, folder: Path, teacher: Teacher) -> tuple[dic
     wanted = recipe.evaluation
     data = wanted.data
     if data is None:
-        if recipe.data.source != "teacher":
-            raise ValueError("The recipe names no evaluation.data; give it a held-out text.")
-        data = replace(recipe.data, source=str(folder / "text" / "held_out"))
+        if recipe.data.source == "teacher":
+            data = replace(recipe.data, source=str(folder / "text" / "held_out"))
+        elif recipe.data.split == "train":
+            data = replace(recipe.data, split="held_out")
+        else:
+            raise ValueError(
+                "The recipe has no text to measure on; set evaluation.data, or set data.split to 'train', which keeps "
+                "documents aside for that."
+            )
     rows = PackedRows(
         replace(data, length=wanted.window, shuffle=False),
         teacher.tokenizer,
@@ -46,7 +52,9 @@ def evaluation_rows(recipe: Recipe, folder: Path, teacher: Teacher) -> tuple[dic
     kept = [row for row, _ in zip(rows, range(max(1, wanted.tokens // wanted.window)), strict=False)]
     if not kept:
         raise ValueError(f"The held-out text gives no row of {wanted.window} tokens; shorten evaluation.window.")
-    name = "text written by the teacher from unseen prompts" if wanted.data is None else str(data.source)
+    name = str(data.source) if data.split == "all" else f"the documents of {data.source} held out from training"
+    if recipe.data.source == "teacher" and wanted.data is None:
+        name = "text written by the teacher from unseen prompts"
     return {key: torch.stack([row[key] for row in kept]) for key in kept[0]}, name
 
 

@@ -1,8 +1,8 @@
 """What each verb of the command line does, as plain functions from settings to figures.
 
-Does: load, call the library, return JSON-ready figures. Does not: parse or print results (mar.cli), which makes the
-command line from these signatures and docstrings. Heavy modules are imported inside the verbs, so that `mar --help` is
-quick.
+Does: load, call the library, return JSON-ready figures. Does not: parse or print results. mar.cli makes the command
+line from these signatures and docstrings: what comes before the `/` is given by position, the rest as options. Heavy
+modules are imported inside the verbs, so that `mar --help` is quick.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ Result = dict[str, Any]
 def convert(
     source: str,
     output: Path,
+    /,
     *,
     preset: Literal["fast", "llamba"] = "fast",
     init: Literal["attention", "llamba"] = "attention",
@@ -68,8 +69,9 @@ def _is_llamba(folder: Path) -> bool:
 
 def refine(
     recipe: str,
-    *,
     output: Path | None = None,
+    /,
+    *,
     debug: bool = False,
     print_config: bool = False,
     overrides: list[str] | None = None,
@@ -81,7 +83,7 @@ def refine(
     Args:
         recipe: a YAML file or the name of a recipe that mar ships (quickstart, smollm2-135m, llama-3.2-1b,
             ablations/ROW).
-        output: the run's folder; by default runs/ and the recipe's name.
+        output: the run's folder (default: runs/ and the recipe's name).
         debug: cut every budget to two small steps.
         print_config: print the whole recipe, changes included, as YAML (with --json as JSON) and stop.
     """
@@ -102,6 +104,7 @@ def train(
     kind: Literal["orient", "align", "distill", "spike_align", "spike"],
     student: Path,
     output: Path,
+    /,
     *,
     teacher: str,
     text: str,
@@ -188,6 +191,7 @@ def train(
 
 def evaluate(
     models: list[Path],
+    /,
     *,
     teacher: str,
     text: str | None = None,
@@ -240,6 +244,7 @@ def evaluate(
 
 def energy(
     models: list[str],
+    /,
     *,
     context: int = 512,
     spikes: float | None = None,
@@ -298,7 +303,7 @@ def energy(
     }
 
 
-def spikes(model: Path, text: str, *, tokens: int = 4096) -> Result:
+def spikes(model: Path, text: str, /, *, tokens: int = 4096) -> Result:
     """Count the spikes of a spiking model on a text, per layer and site.
 
     Args:
@@ -316,7 +321,7 @@ def spikes(model: Path, text: str, *, tokens: int = 4096) -> Result:
     return spike_rates(load_student(model), batch, text).to_dict()
 
 
-def generate(model: str, prompt: str, *, tokens: int = 100, temperature: float = 0.7, seed: int = 0) -> Result:
+def generate(model: str, prompt: str, /, *, tokens: int = 100, temperature: float = 0.7, seed: int = 0) -> Result:
     """Continue a prompt.
 
     Args:
@@ -338,7 +343,7 @@ def generate(model: str, prompt: str, *, tokens: int = 100, temperature: float =
     return {"text": text, "tokens": len(ids)}
 
 
-def chat(model: str, *, tokens: int = 200, temperature: float = 0.7, seed: int = 0) -> Result:
+def chat(model: str, /, *, tokens: int = 200, temperature: float = 0.7, seed: int = 0) -> Result:
     """Talk with a model; its state is kept over turns. An empty line or Ctrl-D ends.
 
     Args:
@@ -364,7 +369,7 @@ def chat(model: str, *, tokens: int = 200, temperature: float = 0.7, seed: int =
         turns += 1
 
 
-def quickstart(*, output: Path = Path("runs/quickstart"), minutes: float = 10.0, debug: bool = False) -> Result:
+def quickstart(output: Path = Path("runs/quickstart"), /, *, minutes: float = 10.0, debug: bool = False) -> Result:
     """Refine SmolLM2-135M into a small spiking model on text that it writes itself, and report on it.
 
     Args:
@@ -377,7 +382,7 @@ def quickstart(*, output: Path = Path("runs/quickstart"), minutes: float = 10.0,
     return run(output, minutes, debug)
 
 
-def report(folder: Path) -> Result:
+def report(folder: Path, /) -> Result:
     """Write report.html of a run again from its results.json, and print its table.
 
     Args:
