@@ -12,7 +12,7 @@ shipped: the mixer settings and the align stage of a recipe of mar.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from mar.recipe import MixerSettings, Recipe, StageConfig, read_recipe
 from mar.refinement import refine
 from mar.sources import DataConfig
 from mar.teachers import Teacher, load_teacher
-from timing import arguments, environment, finish, show
+from timing import arguments, environment, finish, settings, show
 
 FIGURES = ("kl", "agreement", "ppl")
 
@@ -63,8 +63,12 @@ def compare(
         against=str(teacher.source["name"]),
     )
     return {
-        name: {"training": trained[name].metrics["align"], "held_out": figures.to_dict()}
-        for name, figures in measured.items()
+        recipe.name: {
+            "recipe": asdict(recipe),
+            "training": trained[recipe.name].metrics["align"],
+            "held_out": measured[recipe.name].to_dict(),
+        }
+        for recipe in recipes
     }
 
 
@@ -91,18 +95,21 @@ def main(argv: list[str] | None = None) -> None:
     runs = compare(recipes, teacher, options.held_out, options.held_out_tokens, options.length, options.output)
     values = {name: {key: run["held_out"][key]["value"] for key in FIGURES} for name, run in runs.items()}
     show(
-        f"align, {options.tokens} tokens of {options.text}, measured on {options.held_out.name}",
-        ["", *FIGURES, "training error"],
-        [[name, *figures.values(), runs[name]["training"]["loss"]] for name, figures in values.items()],
+        f"align, {options.tokens} tokens, measured on {options.held_out.name}",
+        ["", *FIGURES, "training MSE"],
+        [
+            [name, *figures.values(), runs[name]["training"]["relative_mse_to_llama"]]
+            for name, figures in values.items()
+        ],
     )
     found = {
         "benchmark": "align_quality",
         "environment": environment(),
-        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()},
+        "settings": settings(options),
         "kl_of_shipped_over_plain": values["shipped"]["kl"] / values["plain"]["kl"],
         "runs": runs,
     }
-    finish(found, options.json)
+    finish(found, options)
 
 
 if __name__ == "__main__":

@@ -21,12 +21,15 @@ from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 import plain
 from mar import kernels
 from mar.kernels import reference
-from timing import alternate, arguments, environment, finish, matmul_rate, show, speedup
+from timing import alternate, arguments, environment, finish, matmuls, settings, show, speedup
 
 Inputs = tuple[Float[Tensor, "b l h p"], Float[Tensor, "b l h"], Float[Tensor, "b l h n"], Float[Tensor, "b l h n"]]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SIZE = 64
 """Width of a head and of its state."""
+
+PROBE = (1024, 1024, 1024)
+"""The matrix product whose rate stands for the machine's peak."""
 
 
 def transformers_scan(x: Tensor, log_decay: Tensor, b: Tensor, c: Tensor, chunk: int) -> Tensor:
@@ -72,10 +75,8 @@ def flops(batch: int, length: int, heads: int, chunk: int, size: int = SIZE) -> 
     return 2 * 3 * batch * length * heads * (2 * chunk * size + 2 * size * size)
 
 
-def measure(
-    batch: int, length: int, heads: int, dtype: torch.dtype, chunk: int, rounds: int, peak: float
-) -> dict[str, Any]:
-    """Medians, speed-ups over each peer, share of `peak` (FLOP/s), and how far outputs and gradients are apart."""
+def measure(batch: int, length: int, heads: int, dtype: torch.dtype, chunk: int, rounds: int) -> dict[str, Any]:
+    """Medians, speed-ups over each peer, share of a large matrix product's rate, and how far results are apart."""
     inputs, dy = make_inputs(batch, length, heads, dtype)
     found = {name: gradients(function, inputs, dy) for name, function in implementations(chunk).items()}
     differences = {
@@ -83,18 +84,19 @@ def measure(
         for name, tensors in found.items()
     }
     del found
-    seconds = alternate(
-        {
-            name: lambda function=function: gradients(function, inputs, dy)
-            for name, function in implementations(chunk).items()
-        },
-        rounds,
-    )
+    calls: dict[str, Callable[[], object]] = {
+        name: lambda function=function: gradients(function, inputs, dy)
+        for name, function in implementations(chunk).items()
+    }
+    probe, products = matmuls({PROBE: 1}, dtype)
+    seconds = alternate(calls | {"matmul": probe}, rounds)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
+    peak = products / medians.pop("matmul")
     work = flops(batch, length, heads, chunk)
     return {
         "milliseconds": {name: 1000 * median for name, median in medians.items()},
-        "speedup": {name: speedup(seconds, "ours", name) for name in seconds if name != "ours"},
+        "speedup": {name: speedup(seconds, "ours", name) for name in medians if name != "ours"},
+        "matmul_peak_gflops": peak / 1e9,
         "share_of_matmul_peak": {name: work / median / peak for name, median in medians.items()},
         "difference_from_reference": differences,
     }
@@ -119,16 +121,13 @@ def main(argv: list[str] | None = None) -> None:
     found: dict[str, Any] = {
         "benchmark": "scan",
         "environment": environment(),
-        "settings": {key: value for key, value in vars(options).items() if key != "json"}
+        "settings": settings(options)
         | {"head_size": SIZE, "state_size": SIZE, "transformers_chunk": Mamba2Config().chunk_size},
-        "matmul_peak_gflops": {},
         "cases": {},
     }
     for name in options.dtypes:
-        peak = matmul_rate({(1024, 1024, 1024): 1}, DTYPES[name])
-        found["matmul_peak_gflops"][name] = peak / 1e9
         for heads in options.heads:
-            figures = measure(options.batch, options.length, heads, DTYPES[name], options.chunk, options.rounds, peak)
+            figures = measure(options.batch, options.length, heads, DTYPES[name], options.chunk, options.rounds)
             found["cases"][f"{name}, {heads} heads"] = figures
             show(
                 f"scan forward and backward, {name}, {options.length} tokens, {heads} heads",
@@ -144,7 +143,7 @@ def main(argv: list[str] | None = None) -> None:
                     for peer, milliseconds in figures["milliseconds"].items()
                 ],
             )
-    finish(found, options.json)
+    finish(found, options)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Tokens per second of whole optimizer steps of each stage, next to the same steps in plain torch, and their memory.
 
-Does: run the product's own training loop on one set of batches, ours and plain (benchmarks/plain.py) in turns; divide
-the arithmetic that a step cannot do without by the matrix-product rate at the model's own shapes; take the peak memory
-of distill from a process of its own. Does not: say anything about quality.
+Does: run the product's own training loop on one set of batches, ours and plain (benchmarks/plain.py) in turns; compare
+with the arithmetic that a step cannot do without, at the rate of matrix products of the model's own shapes, which take
+their turn too; take the peak memory of distill from a process of its own. Does not: say anything about quality.
 
     python benchmarks/throughput.py [--json] [--text FOLDER] [--stages align distill] [--rounds 5]
 """
@@ -39,7 +39,7 @@ from mar.sources import DataConfig
 from mar.teachers import Teacher, load_teacher
 from mar.train import _Run
 from plain import plain
-from timing import alternate, arguments, environment, finish, matmul_rate, show, speedup
+from timing import alternate, arguments, environment, finish, matmuls, settings, show, speedup
 
 STAGES = ("align", "distill", "spike_align", "spike")
 PEERS: dict[str, Callable[[], Any]] = {"ours": nullcontext, "plain": plain}
@@ -77,10 +77,15 @@ def stage_run(
     spiking: MarForCausalLM | None,
     rows: PackedRows,
     config: TrainConfig,
+    alone: bool = False,
 ) -> _Run:
-    """A training run of its own student, as `mar refine` would set it up; to be advanced under PEERS[peer]."""
-    student = copy.deepcopy(spiking if stage in SPIKING else dense)
+    """A training run as `mar refine` would set it up, of a copy of the student; to be advanced under PEERS[peer].
+
+    alone: no other run needs the student, so spare the memory of a copy.
+    """
+    student = spiking if stage in SPIKING else dense
     assert student is not None
+    student = student if alone else copy.deepcopy(student)
     # Told that the run is in fp32, `build_objective` leaves the teacher in fp32, as plain code does.
     precision = config.precision if peer == "ours" else "fp32"
     settings = StageConfig(kind=stage, train=replace(config, precision=precision))  # type: ignore[arg-type]
@@ -98,6 +103,7 @@ def measure_stage(
     config: TrainConfig,
     rounds: int,
     peers: list[str],
+    alone: bool = False,
 ) -> dict[str, Any]:
     """Seconds and losses of each step, and what follows from them; every peer sees the same batches."""
     rows.rewind()
@@ -108,16 +114,27 @@ def measure_stage(
         with PEERS[peer]():
             steps[peer].append(run.advance(stream))
 
-    runs = {peer: stage_run(stage, peer, teacher, dense, spiking, rows, config) for peer in peers}
-    seconds = alternate({peer: partial(advance, peer, run, iter(batches)) for peer, run in runs.items()}, rounds)
+    runs = {peer: stage_run(stage, peer, teacher, dense, spiking, rows, config, alone) for peer in peers}
+    calls: dict[str, Callable[[], object]] = {
+        peer: partial(advance, peer, run, iter(batches)) for peer, run in runs.items()
+    }
     tokens = config.tokens_per_step(rows.length)
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    probe, products = model_matmuls(dense.config, tokens, dtype)
+    seconds = alternate(calls | {"matmul": probe}, rounds)
+    rate = products / statistics.median(seconds.pop("matmul"))
+    work = flops_per_token(stage, teacher.model.config, dense.config, rows.length)
+    speeds = {peer: tokens / statistics.median(times) for peer, times in seconds.items()}
     return {
-        "tokens_per_second": {peer: tokens / statistics.median(times) for peer, times in seconds.items()},
+        "tokens_per_second": speeds,
         "speedup": speedup(seconds, "ours", "plain") if {"ours", "plain"} <= set(peers) else None,
         "seconds": seconds,
         "loss": {peer: [step["loss"] for step in taken] for peer, taken in steps.items()},
         "gradient_norm": {peer: [step["grad_norm"] for step in taken] for peer, taken in steps.items()},
-        "gflop_per_token": flops_per_token(stage, teacher.model.config, dense.config, rows.length) / 1e9,
+        "gflop_per_token": work / 1e9,
+        "matmul_gflops": rate / 1e9,
+        "arithmetic_limit_tokens_per_second": rate / work,
+        "share_of_matmul_peak": {peer: speed * work / rate for peer, speed in speeds.items()},
     }
 
 
@@ -154,13 +171,13 @@ def _macs(config: Any, length: int) -> Counter[str]:
     return macs
 
 
-def model_matmul_rate(mar: MarConfig, tokens: int, dtype: torch.dtype) -> float:
-    """FLOP/s of the products of one forward pass, alone."""
+def model_matmuls(mar: MarConfig, tokens: int, dtype: torch.dtype) -> tuple[Callable[[], None], float]:
+    """A probe that runs the products of one forward pass, alone, and their floating-point operations."""
     d, wide, layers = mar.hidden_size, mar.intermediate_size, mar.num_hidden_layers
     shapes = Counter({(tokens, d, mar.vocab_size): 1})
     for k, n, times in ((d, mar.in_proj_size, 1), (mar.inner_size, d, 1), (d, wide, 2), (wide, d, 1)):
         shapes[tokens, k, n] += layers * times
-    return matmul_rate(dict(shapes), dtype)
+    return matmuls(shapes, dtype)
 
 
 def peak_memory(peer: str, options: argparse.Namespace) -> float:
@@ -173,6 +190,7 @@ def peak_memory(peer: str, options: argparse.Namespace) -> float:
         command += [f"--{name}", str(getattr(options, name))]
     if options.text:
         command += ["--text", options.text]
+    print(f"Memory of distill, {peer}: two steps in a process of their own.", file=sys.stderr, flush=True)
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -199,7 +217,7 @@ def main(argv: list[str] | None = None) -> None:
     found: dict[str, Any] = {
         "benchmark": "throughput",
         "environment": environment(),
-        "settings": {key: value for key, value in vars(options).items() if key != "json"},
+        "settings": settings(options),
         "distill_peak_memory_gb": memory,
         "stages": {},
     }
@@ -212,27 +230,19 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = text_rows(options.text, teacher, options.length, Path(folder))
         dense, spiking = students(teacher, rows, any(stage in SPIKING for stage in options.stages))
-        dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
-        rate = model_matmul_rate(dense.config, options.batch * options.length, dtype)
-        found["matmul_gflops_at_model_shapes"] = rate / 1e9
+        alone = len(options.stages) == len(options.peers) == 1
         for stage in options.stages:
-            figures = measure_stage(stage, teacher, dense, spiking, rows, config, options.rounds, options.peers)
-            limit = rate / figures["gflop_per_token"] / 1e9
-            figures["arithmetic_limit_tokens_per_second"] = limit
-            figures["share_of_matmul_peak"] = {
-                peer: speed / limit for peer, speed in figures["tokens_per_second"].items()
-            }
+            figures = measure_stage(stage, teacher, dense, spiking, rows, config, options.rounds, options.peers, alone)
             found["stages"][stage] = figures
             _show(stage, figures)
     for peer, size in memory.items():
         print(f"peak memory of distill, {options.batch} x {options.length}, {peer}: {size:.2f} GB", file=sys.stderr)
-    finish(found, options.json)
+    finish(found, options)
 
 
 def _show(stage: str, figures: dict[str, Any]) -> None:
-    limit = figures["arithmetic_limit_tokens_per_second"]
     show(
-        f"{stage}: speed-up {figures['speedup'] or float('nan'):.2f}, arithmetic limit {limit:.0f} tok/s",
+        stage if figures["speedup"] is None else f"{stage}: ours is faster by {figures['speedup']:.2f}",
         ["", "tok/s", "share of matmul peak", "first loss"],
         [
             [peer, speed, figures["share_of_matmul_peak"][peer], figures["loss"][peer][0]]

@@ -1,4 +1,4 @@
-"""What every benchmark shares: peers timed in turns, the machine's matrix-product rate, what it ran on, how it prints.
+"""What every benchmark shares: peers timed in turns, a probe of the machine, what it ran on, how it prints.
 
 Does not: know what is measured.
 """
@@ -12,7 +12,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -41,15 +41,19 @@ def speedup(seconds: dict[str, list[float]], ours: str, peer: str) -> float:
     return statistics.median(b / a for a, b in zip(seconds[ours], seconds[peer], strict=True))
 
 
-def matmul_rate(shapes: dict[tuple[int, int, int], int], dtype: torch.dtype, rounds: int = 7) -> float:
-    """FLOP/s of x @ w.T for x (m, k) and w (n, k). shapes: (m, k, n) to how often it comes; medians."""
-    flops, seconds = 0.0, 0.0
-    for (m, k, n), times in shapes.items():
-        x, w = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
-        turns = alternate({"mm": lambda x=x, w=w: torch.mm(x, w.t())}, rounds)
-        flops += times * 2 * m * k * n
-        seconds += times * statistics.median(turns["mm"])
-    return flops / seconds
+def matmuls(shapes: Mapping[tuple[int, int, int], int], dtype: torch.dtype) -> tuple[Callable[[], None], float]:
+    """A probe of the machine, to take its turn among the peers, and the floating-point operations of one call.
+
+    It multiplies x (m, k) with the transpose of w (n, k). shapes: (m, k, n) to how many times.
+    """
+    pairs = [(torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype), times) for (m, k, n), times in shapes.items()]
+
+    def probe() -> None:
+        for x, w, times in pairs:
+            for _ in range(times):
+                torch.mm(x, w.t())
+
+    return probe, float(sum(2 * m * k * n * times for (m, k, n), times in shapes.items()))
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
@@ -94,8 +98,14 @@ def show(title: str, columns: list[str], rows: list[list[Any]]) -> None:
     Console(stderr=True).print(table)
 
 
-def finish(figures: dict[str, Any], as_json: bool) -> None:
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+    """The options as JSON values."""
+    plain = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+    return {key: value for key, value in plain.items() if key != "json"}
+
+
+def finish(figures: dict[str, Any], options: argparse.Namespace) -> None:
     """Print the one JSON object on stdout, if asked for."""
-    if as_json:
+    if options.json:
         json.dump(figures, sys.stdout)
         print()

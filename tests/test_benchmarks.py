@@ -179,11 +179,12 @@ def test_throughput_prints_one_object_and_measures_memory(
     settings = ["--length", "16", "--batch", "1", "--rounds", "1", "--threads", "1", "--peers", "ours"]
     throughput.main(["--json", "--teacher", str(tiny_llama_folder), "--stages", "distill", *settings])
     found = json.loads(capsys.readouterr().out)
-    assert set(found) >= {"environment", "settings", "matmul_gflops_at_model_shapes"}
+    assert set(found) == {"benchmark", "environment", "settings", "stages", "distill_peak_memory_gb"}
     # A process that has loaded torch, but no large model.
     assert 0.1 < found["distill_peak_memory_gb"]["ours"] < 4
     figures = found["stages"]["distill"]
-    limit = found["matmul_gflops_at_model_shapes"] / figures["gflop_per_token"]
+    limit = figures["arithmetic_limit_tokens_per_second"]
+    assert limit == pytest.approx(figures["matmul_gflops"] / figures["gflop_per_token"])
     assert figures["share_of_matmul_peak"]["ours"] == pytest.approx(figures["tokens_per_second"]["ours"] / limit)
 
 

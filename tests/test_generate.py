@@ -1,8 +1,11 @@
 """Sampling, streaming, chat and text writing, on tiny random models."""
 
 import copy
+import json
 import math
+import runpy
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ VOCAB = 320
 """That of the tiny tokenizer: more than one block of the two-level draw, and no multiple of it."""
 
 END = 2
+FP32 = torch.float32
 
 
 def llama() -> LlamaForCausalLM:
@@ -306,7 +310,7 @@ PROMPTS = ["hi", "tell me a story", "x"]
 def test_written_text_is_greedy_generation_at_temperature_zero(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     model = llama()
     length = PAGE + 20
-    documents = write_text(model, tiny_tokenizer, PROMPTS, 3 * length, length, 3, temperature=0)
+    documents = write_text(model, tiny_tokenizer, PROMPTS, 3 * length, length, 3, temperature=0, dtype=FP32)
     for document, prompt in zip(documents, PROMPTS, strict=False):
         ids = prompt_ids(tiny_tokenizer, prompt)
         expected = model.generate(ids, max_length=length, do_sample=False)[0]
@@ -345,12 +349,26 @@ def test_written_text_depends_on_the_seed_only(tiny_tokenizer: PreTrainedTokeniz
     assert first != other
 
 
+def test_the_written_with_model_stays_as_it_is(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    model = llama()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    in_bf16 = write_text(model, tiny_tokenizer, PROMPTS, 300, 60, temperature=0)
+    assert {value.dtype for value in model.state_dict().values()} == {FP32}
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.data = parameter.to(torch.bfloat16)
+    of_bf16 = write_text(model, tiny_tokenizer, PROMPTS, 300, 60, temperature=0)
+    assert [document.tolist() for document in in_bf16] == [document.tolist() for document in of_bf16]
+    assert model.model.rotary_emb.inv_freq.dtype == FP32
+
+
 def test_written_text_follows_the_models_distribution(bare_tokenizer: PreTrainedTokenizerFast) -> None:
     """First and second tokens after one prompt, against probabilities from plain forward passes."""
     model = llama()
     prompt = prompt_ids(bare_tokenizer, "ab")
     start = prompt.shape[1]
-    documents = write_text(model, bare_tokenizer, ["ab"], 4_000 * (start + 2), start + 2, batch_size=2_000, seed=0)
+    documents = write_text(model, bare_tokenizer, ["ab"], 4_000 * (start + 2), start + 2, 2_000, dtype=FP32)
     with torch.no_grad():
         p_first = model(prompt).logits[0, -1].double().softmax(-1)
         every = torch.cat([prompt.expand(VOCAB, -1), torch.arange(VOCAB)[:, None]], 1)
@@ -390,3 +408,19 @@ def test_write_text_refuses(bare_tokenizer: PreTrainedTokenizerFast, changes: di
     settings = {"model": llama(), "tokenizer": bare_tokenizer, "prompts": ["a"], "tokens": 40, "length": 20} | changes
     with pytest.raises(ValueError, match=words):
         write_text(**settings)
+
+
+def test_the_benchmark_counts_what_was_written(
+    tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(__file__).parents[1] / "benchmarks"
+    monkeypatch.syspath_prepend(str(folder))
+    main = runpy.run_path(str(folder / "write_text.py"))["main"]
+    main(["--json", "--teacher", str(tiny_llama_folder), "--length", "150", "--batch", "2", "--threads", "1"])
+    found = json.loads(capsys.readouterr().out)["batches"]["2"]
+    assert found["plain"]["documents"] == 2
+    for peer in (found["ours"], found["plain"]):
+        assert 0 < peer["written_tokens"] < peer["tokens"] <= 301
+        assert peer["tokens_per_second"] == pytest.approx(peer["tokens"] / peer["seconds"])
+    parts = found["step_milliseconds"]
+    assert 0 < parts["attention"] < parts["model"]

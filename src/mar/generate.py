@@ -7,6 +7,7 @@ not: load models, store what was written (mar.data), or measure it. Token ids in
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -287,13 +288,15 @@ def write_text(
     temperature: float = 1.0,
     seed: int = 0,
     progress: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> list[Int[Tensor, " length"]]:
     """Documents that a LLaMA model writes itself: prompt, continuation, and the end-of-text token where it came to it.
 
     tokens: how many to write, prompts included; the last step may go a little over. length: most tokens a document.
     batch_size: documents written side by side, each replaced as it ends. At temperature 1 these are samples of the
     model's own distribution. The prompts are used in turn. Documents come in the order in which they were begun; those
-    still open at the end are cut there. Equal arguments give equal documents on the same machine.
+    still open at the end are cut there. Equal arguments give equal documents on the same machine. dtype: of the weights
+    to write with; the model given stays as it is (bf16 costs about 0.001 nats per token of KL and is twice as fast).
     Raises ValueError for another architecture, an empty or too long prompt, and settings out of range.
     """
     if not isinstance(model, LlamaForCausalLM):
@@ -309,6 +312,8 @@ def write_text(
                 f"The prompt {prompt[:40]!r} has {len(ids)} tokens; write_text needs at least 1 and fewer than "
                 f"length = {length}."
             )
+    if model.dtype != dtype:
+        model = _in_dtype(model, dtype)
     # More slots than whole documents would only cut all of them short.
     slots = min(batch_size, -(-tokens // length))
     generator = torch.Generator().manual_seed(seed)
@@ -341,6 +346,14 @@ def write_text(
             for document, token in zip(current, sample(logits, temperature, generator=generator).tolist(), strict=True):
                 document.append(token)
             total += slots
+
+
+def _in_dtype(model: LlamaForCausalLM, dtype: torch.dtype) -> LlamaForCausalLM:
+    """A copy with other weights. Not by Module.to, which would round the frequencies of the rotary embedding too."""
+    model = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 @contextmanager

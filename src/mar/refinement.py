@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from mar.checkpoint import explain_disk_full
 from mar.conversion import calibrate_mixers, convert_llama, insert_neurons
 from mar.data import PackedRows, read_meta, write_documents
 from mar.folder import digest, load_student, save_student
@@ -103,8 +104,8 @@ class _RefineRun:
                         seed=wanted.seed * 10_000 + part,
                         progress=self.progress,
                     )
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    write_documents(path, documents, {**settings, "tokens_written": sum(map(len, documents))})
+                    with explain_disk_full(self.folder):
+                        write_documents(path, documents, {**settings, "tokens_written": sum(map(len, documents))})
                 done += int(read_meta(path)["tokens_written"])
                 part += 1
 

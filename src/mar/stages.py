@@ -156,7 +156,8 @@ class Distill:
             target = last_hidden(self.teacher, batch)
         loss = _logit_loss(self.student, last_hidden(self.student, batch), self.teacher, target, self.alpha, self.beta)
         backward(loss)
-        return {f"kl_to_{self.against}": loss.item()}
+        measure = "kl" if (self.alpha, self.beta) == (1, 0) else "bidirectional_kl"
+        return {f"{measure}_to_{self.against}": loss.item()}
 
     def save(self, folder: Path) -> None:
         """Write the student as a plain folder."""
