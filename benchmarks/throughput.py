@@ -64,8 +64,7 @@ def students(teacher: Teacher, rows: PackedRows, spiking: bool) -> tuple[MarForC
     rows.rewind()
     dense = convert_llama(teacher.model, recipe.mixer.preset, recipe.mixer.init)
     calibrate_mixers(dense, teacher.model, batch)
-    settings = recipe.neurons
-    neurons = site_neurons(settings.default, settings.per_site, tuple(settings.sites))
+    neurons = site_neurons(recipe.neurons.default, recipe.neurons.per_site, tuple(recipe.neurons.sites))
     return dense, insert_neurons(dense, neurons, [batch]) if spiking else None
 
 
@@ -88,8 +87,8 @@ def stage_run(
     student = student if alone else copy.deepcopy(student)
     # Told that the run is in fp32, `build_objective` leaves the teacher in fp32, as plain code does.
     precision = config.precision if peer == "ours" else "fp32"
-    settings = StageConfig(kind=stage, train=replace(config, precision=precision))  # type: ignore[arg-type]
-    objective = build_objective(settings, student.train(), teacher.model, dense)
+    kind = StageConfig(kind=stage, train=replace(config, precision=precision))  # type: ignore[arg-type]
+    objective = build_objective(kind, student.train(), teacher.model, dense)
     with PEERS[peer]():
         return _Run(objective, rows, config, Path("unused"), {})
 

@@ -420,7 +420,7 @@ def test_the_benchmark_counts_what_was_written(
     found = json.loads(capsys.readouterr().out)["batches"]["2"]
     assert found["plain"]["documents"] == 2
     for peer in (found["ours"], found["plain"]):
-        assert 0 < peer["written_tokens"] < peer["tokens"] <= 301
+        assert 0 < peer["written_tokens"] < peer["tokens"] <= 3 * 150
         assert peer["tokens_per_second"] == pytest.approx(peer["tokens"] / peer["seconds"])
     parts = found["step_milliseconds"]
     assert 0 < parts["attention"] < parts["model"]

@@ -356,7 +356,7 @@ def test_the_penalty_pulls_the_spike_count_down_to_the_target():
         before = spikes_per_mac(stage.student)
         groups = [{"params": list(g.parameters.values()), "lr": 2e-3 * g.lr_scale} for g in stage.parameter_groups()]
         optimizer = torch.optim.AdamW(groups, weight_decay=0)
-        for _ in range(40):
+        for _ in range(30):
             optimizer.zero_grad()
             stage.accumulate(BATCH, backward)
             optimizer.step()

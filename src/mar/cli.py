@@ -35,8 +35,8 @@ VERBS: dict[str, Callable[..., verbs.Result]] = {
 OVERRIDE = re.compile(r"--(name|teacher|[a-z_]+\.[\w.-]+)(=.*)?", re.DOTALL)
 """A setting of a recipe: its name, its teacher, or anything with a dot in it."""
 
-LONG = 4000
-"""Characters of JSON above which an entry of a result is printed with --json only."""
+SPEAKING = ("chat", "generate", "quickstart", "refine", "report")
+"""Verbs that say what there is to say while they run."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -116,9 +116,8 @@ def _run(arguments: list[str]) -> int:
         print(json.dumps(result, default=str))
     elif options.get("print_config"):
         print(_as_yaml(result), end="")
-    elif verb not in ("chat", "generate"):
-        short = {key: value for key, value in result.items() if len(json.dumps(value, default=str)) <= LONG}
-        _say(json.dumps(short, indent=2, default=str))
+    elif verb not in SPEAKING:
+        _show(verb, result)
     return 0
 
 
@@ -147,10 +146,85 @@ def _dashed(argument: str) -> str:
     return name.replace("_", "-") + equals + value if argument.startswith("--") else argument
 
 
+def _show(verb: str, result: verbs.Result) -> None:
+    """Print a result for people: tables and single values; what is nested deeper is for --json."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(stderr=True)
+    for rows in TABLES.get(verb, lambda _: [])(result):
+        table = Table(*rows[0]) if rows else Table()
+        for row in rows:
+            table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+        console.print(table)
+    _say(_as_yaml({name: value for name, value in result.items() if value not in ({}, []) and _is_flat(value)}))
+
+
+def _is_flat(value: Any) -> bool:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    return not any(isinstance(part, dict | list) for part in parts)
+
+
+def _energy_rows(result: verbs.Result) -> list[list[dict[str, Any]]]:
+    names = {"decoder_uj": "decoder", "with_head_uj": "with head"}
+    return [
+        [
+            {"model": row["model"], "prices": row["table"]}
+            | {f"{names[key]}, µJ": row["compute"][key] for key in names}
+            | {f"{names[key]} and memory, µJ": row["compute_and_memory"][key] for key in names}
+            for row in result["models"]
+        ]
+    ]
+
+
+def _spike_rows(result: verbs.Result) -> list[list[dict[str, Any]]]:
+    sites = {**result["by_site"], "all, weighted by MACs": result["totals"]}
+    weight = {name: "mac" if name.startswith("all") else "element" for name in sites}
+    return [
+        [
+            {
+                "site": name,
+                "spikes per input": figures[f"spikes_per_{weight[name]}"],
+                "non-zero": figures[f"nonzero_per_{weight[name]}"],
+                "silent channels": figures["silent_share"],
+            }
+            for name, figures in sites.items()
+        ]
+    ]
+
+
+def _evaluation_rows(result: verbs.Result) -> list[list[dict[str, Any]]]:
+    def interval(estimate: dict[str, Any]) -> str:
+        value, low, high = (estimate[key] for key in ("value", "low", "high"))
+        return "–" if value is None else f"{value:.4g}" + ("" if low is None else f" [{low:.4g}, {high:.4g}]")
+
+    names = {"ppl": "perplexity", "teacher_ppl": "teacher's", "agreement": "top-1 agreement"}
+    text = [
+        {"model": name}
+        | {label: interval(row[key]) for key, label in {**names, "kl": f"KL to {row['against']}"}.items()}
+        for name, row in result.get("held_out", {}).items()
+    ]
+    tasks = [
+        {"model": name, "task": row["task"], "metric": row["metric"], "items": row["items"]}
+        | {key: interval(row[key]) for key in ("student", "teacher", "difference", "agreement")}
+        for name, comparison in result.get("tasks", {}).items()
+        for row in comparison["tasks"]
+    ]
+    return [rows for rows in (text, tasks) if rows]
+
+
+TABLES: dict[str, Callable[[verbs.Result], list[list[dict[str, Any]]]]] = {
+    "energy": _energy_rows,
+    "eval": _evaluation_rows,
+    "spikes": _spike_rows,
+}
+"""What of a verb's result is shown in tables, each a list of rows of equal columns."""
+
+
 def _as_yaml(settings: dict[str, Any]) -> str:
     import yaml
 
-    return yaml.safe_dump(settings, sort_keys=False)
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
 
 def _say(text: str) -> None:

@@ -138,7 +138,7 @@ def calibrate_mixers(student: MarForCausalLM, teacher: PreTrainedModel, batch: d
     if not config.decay_bias:
         raise ValueError("calibrate_mixers sets decay biases, which this mixer has not; convert with decay_bias=True.")
     ids = batch.get("document_ids")
-    rates = torch.tensor(RATES)
+    rates = torch.tensor(RATES, device=student.device)
     for layer, trace in zip(student.model.layers, llama_layers(teacher, batch), strict=True):
         block: Any = layer
         mixer = block.mixer
@@ -153,7 +153,7 @@ def calibrate_mixers(student: MarForCausalLM, teacher: PreTrainedModel, batch: d
         parts = torch.cat([torch.einsum("blhp,dhp->blhd", part, weight) for part in (y, x)], dim=2)
         columns = parts.transpose(2, 3).flatten(0, 2)  # (tokens * d, 2 * heads): what each head adds, per scalar
         gram = columns.T @ columns
-        ridge = 1e-4 * gram.diagonal().mean() * torch.eye(len(gram))
+        ridge = 1e-4 * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
         scale, skip = torch.linalg.solve(gram + ridge, columns.T @ trace.mixed.float().flatten()).chunk(2)
         # The model computes scale * (y + D x): a head that keeps next to nothing of its scan must not blow up its D.
         scale = torch.where(scale.abs() < 0.1 * skip.abs(), 0.1 * skip.abs() * torch.sign(scale), scale)

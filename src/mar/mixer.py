@@ -117,9 +117,9 @@ class DiscreteMamba2(nn.Module):
 
 
 def _unit(vectors: Tensor, length: float) -> Tensor:
-    """Scale the last dimension to `length`; the epsilon only matters for vectors that are zero, which stay zero."""
+    """Scale the last dimension to `length`; the epsilon bounds the gradient at zero, where vectors stay zero."""
     norm = vectors.square().sum(-1, keepdim=True, dtype=torch.promote_types(vectors.dtype, torch.float32))
-    return vectors * (torch.rsqrt(norm + 1e-12) * length).to(vectors.dtype)
+    return vectors * (torch.rsqrt(norm + 1e-5) * length).to(vectors.dtype)
 
 
 def _tail(xbc: Tensor, past: Tensor | None, count: int, document_ids: Tensor | None) -> Tensor:
