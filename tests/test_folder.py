@@ -138,7 +138,7 @@ NORM = "model.layers.1.mixer.out_proj.weight"
         (make_pickle, r"copy holds its weights as a pickle \(pytorch_model\.bin\), which can run code"),
         (remove("model.safetensors"), r"copy holds no model\.safetensors; give a folder that `mar refine`"),
         (remove("config.json"), r"copy holds no config\.json; give a folder that `mar refine`"),
-        (cut_config, r"copy.config\.json is damaged, or no model's \(.*\); restore it"),
+        (cut_config, r"copy.config\.json is damaged \(.*\); restore it"),
         (set_config(model_type="llama"), r"copy holds a 'llama' model, not a MAR one; convert it first"),
         (set_config(hidden_size=64), r"config\.json and weights of .* do not belong together \(see 'lm_head"),
         (set_config(num_hidden_layers=3), r"do not belong together \(see 'model\.layers\.2\."),
@@ -173,6 +173,12 @@ def test_a_tokenizer_is_needed(copied: Path) -> None:
     tokenizer.unlink()
     with pytest.raises(FileNotFoundError, match=r"copy has no tokenizer\.json; copy the teacher's tokenizer there"):
         load(copied)
+
+
+def test_a_tokenizer_fits_its_model(copied: Path) -> None:
+    set_config(vocab_size=300)(copied)
+    with pytest.raises(ValueError, match=r"has ids up to 319, but the model's vocabulary has 300 entries; copy the"):
+        load_tokenizer(copied)
 
 
 def test_load_takes_teachers_too(tiny_llama_folder: Path) -> None:

@@ -149,15 +149,21 @@ def _dashed(argument: str) -> str:
 def _show(verb: str, result: verbs.Result) -> None:
     """Print a result for people: tables and single values; what is nested deeper is for --json."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console(stderr=True)
     for rows in TABLES.get(verb, lambda _: [])(result):
-        table = Table(*rows[0]) if rows else Table()
+        table = Table()
+        for column in rows[0]:
+            table.add_column(column, overflow="fold")
         for row in rows:
-            table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+            table.add_row(
+                *(f"{value:.4g}" if isinstance(value, float) else escape(str(value)) for value in row.values())
+            )
         console.print(table)
-    _say(_as_yaml({name: value for name, value in result.items() if value not in ({}, []) and _is_flat(value)}))
+    single = {name: value for name, value in result.items() if value not in ({}, []) and _is_flat(value)}
+    _say(_as_yaml(single).rstrip())
 
 
 def _is_flat(value: Any) -> bool:
@@ -224,7 +230,7 @@ TABLES: dict[str, Callable[[verbs.Result], list[list[dict[str, Any]]]]] = {
 def _as_yaml(settings: dict[str, Any]) -> str:
     import yaml
 
-    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=1000)
 
 
 def _say(text: str) -> None:

@@ -87,26 +87,37 @@ def load_student(folder: str | Path) -> MarForCausalLM:
     return student.eval()
 
 
-def model_type(folder: str | Path) -> str:
-    """What config.json says that a folder holds. Raises FileNotFoundError or ValueError where it says nothing."""
+def model_type(folder: str | Path) -> str | None:
+    """The architecture that config.json names. Raises FileNotFoundError or ValueError where it cannot be read."""
+    return _read_config(folder).get("model_type")
+
+
+def _read_config(folder: str | Path) -> dict[str, Any]:
     file = Path(folder) / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{folder} holds no {file.name}; {GIVE_A_FOLDER}.")
     try:
-        return json.loads(file.read_text(encoding="utf-8"))["model_type"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is damaged, or no model's ({error}); restore it.") from error
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} is damaged ({error}); restore it.") from error
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a model's folder. Raises FileNotFoundError or ValueError where there is no whole one."""
+    """The tokenizer in a model's folder. Raises FileNotFoundError or ValueError where none is whole and fits the model."""
     if not (Path(folder) / "tokenizer.json").is_file():
         raise FileNotFoundError(f"{folder} has no tokenizer.json; copy the teacher's tokenizer there.")
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # as with a config
         problem = " ".join(str(error).split()).rstrip(".")
         raise ValueError(f"The tokenizer in {folder} cannot be read ({problem}); copy the teacher's there.") from error
+    size, last = _read_config(folder).get("vocab_size", 0), max(tokenizer.get_vocab().values(), default=-1)
+    if last >= size:
+        raise ValueError(
+            f"The tokenizer in {folder} has ids up to {last}, but the model's vocabulary has {size} entries; copy the "
+            "teacher's tokenizer there."
+        )
+    return tokenizer
 
 
 def digest(folder: Path) -> str:

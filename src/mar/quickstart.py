@@ -188,8 +188,8 @@ def estimate_minutes(recipe: Recipe, size: int) -> float:
     rate = 10 * 2 * 1024**3 / (time.perf_counter() - started)
     work = sum(WORK[stage.kind] * stage.train.tokens for stage in recipe.stages.values())
     if recipe.data.source == "teacher":
-        # Decoding a batch is bound by memory, not arithmetic: about ten times the forward's operations in time.
-        work += 20 * (recipe.writing.tokens + recipe.writing.held_out_tokens)
+        # Decoding is bound by memory: measured, a written token takes about as long as an aligned one.
+        work += WORK["align"] * (recipe.writing.tokens + recipe.writing.held_out_tokens)
     return work * size / (rate * EFFICIENCY) / 60 + 1
 
 

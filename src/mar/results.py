@@ -7,6 +7,7 @@ train, or draw (mar.report).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,20 +76,25 @@ def measure(
     context: tokens of context at which energy per decoded token is modelled (45nm-fp32, compute only).
     """
     against = teacher.source["name"]
-    figures: dict[str, HeldOut] = held_out(
-        students,
-        teacher.model,
-        rows["input_ids"],
-        window=rows["input_ids"].shape[1],
-        document_ids=rows["document_ids"],
-        precision="bf16",
-        text=text,
-        against=against,
-    )
+    with ExitStack() as stack:
+        # The spikes are counted in the same pass that measures the models.
+        monitors = {
+            name: stack.enter_context(SpikeMonitor(model, text=text))
+            for name, model in students.items()
+            if model.config.neurons is not None
+        }
+        figures: dict[str, HeldOut] = held_out(
+            students,
+            teacher.model,
+            rows["input_ids"],
+            window=rows["input_ids"].shape[1],
+            document_ids=rows["document_ids"],
+            precision="bf16",
+            text=text,
+            against=against,
+        )
+    rates = {name: monitor.summary() for name, monitor in monitors.items()}
     models: dict[str, Any] = {"teacher": teacher.model, **students}
-    rates = {
-        name: spike_rates(model, rows, text) for name, model in students.items() if model.config.neurons is not None
-    }
     energy, curves = {}, {}
     for name, model in models.items():
         measured = rates.get(name)

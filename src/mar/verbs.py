@@ -14,7 +14,10 @@ import re
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from mar.spikes import SpikeReport
 
 Result = dict[str, Any]
 
@@ -156,16 +159,9 @@ def train(
             f"{kind} compares with the dense student; give its MAR folder as the teacher, not {teacher!r}."
         )
     config = TrainConfig(tokens=tokens, lr=lr, batch_size=batch_size)
-    stage = StageConfig(
-        kind=kind,
-        train=config,
-        teacher="llama" if kind == "spike" and not by_mar else None,
-        alpha=alpha,
-        beta=beta,
-        features=features,
-        trained=trained,
-        energy_target=energy_target,
-    )
+    own: dict[str, Any] = {"alpha": alpha, "beta": beta, "features": features, "trained": trained}
+    own["energy_target"] = energy_target
+    stage = StageConfig(kind, config, teacher="llama" if kind == "spike" and not by_mar else None, **own)
     model, tokenizer = load_student(student).train(), load_tokenizer(student)
     dense, llama = None, None
     if by_mar:
@@ -175,7 +171,6 @@ def train(
         loaded = load_teacher(teacher)
         llama, source = loaded.model, loaded.source
     parent = {"kind": "folder", "name": str(student), "sha256": digest(student)}
-    own = {"alpha": alpha, "beta": beta, "features": features, "trained": trained, "energy_target": energy_target}
     metrics = run(
         build_objective(stage, model, llama, dense),
         PackedRows(DataConfig(source=text, length=length), tokenizer, vocab_size=model.config.vocab_size),
@@ -215,8 +210,6 @@ def evaluate(
         limit: items a task, drawn by seed, the same for all models.
         seed: of items and bootstrap.
     """
-    from dataclasses import replace
-
     from mar.evaluate import compare_tasks, run_tasks
     from mar.folder import load_student
     from mar.recipe import EvaluationSettings, Recipe
@@ -231,7 +224,7 @@ def evaluate(
     result: Result = {}
     if text is not None:
         data = DataConfig(source=text)
-        recipe = Recipe("eval", teacher, data, {}, evaluation=EvaluationSettings(replace(data), tokens, window))
+        recipe = Recipe("eval", teacher, data, {}, evaluation=EvaluationSettings(data, tokens, window))
         rows, name = evaluation_rows(recipe, Path(), source)
         result.update(measure(students, source, rows, name))
     if tasks:
@@ -250,6 +243,7 @@ def energy(
     spikes: float | None = None,
     nonzero: float | None = None,
     text: str | None = None,
+    tokens: int = 4096,
     tables: list[str] | None = None,
     averaging: Literal["decode", "prefill"] = "decode",
 ) -> Result:
@@ -261,16 +255,13 @@ def energy(
         spikes: assumed mean spikes per input (r·T) of spiking models.
         nonzero: assumed share of non-zero inputs.
         text: instead of assuming, measure the rates on this text.
+        tokens: how much of it.
         tables: 45nm-fp32 (the paper's), 45nm-fp16, 45nm-int8.
         averaging: a token decoded at this context, or the mean over a prefill of this length.
     """
     from transformers import AutoConfig
 
     from mar.costs import compare
-    from mar.data import PackedRows
-    from mar.folder import load_student, load_tokenizer
-    from mar.results import spike_rates
-    from mar.sources import DataConfig
     from mar.spikes import SiteRate
     from mar.teachers import load_teacher
 
@@ -284,8 +275,7 @@ def energy(
         labels[name] = "no neurons"
         if getattr(config, "neurons", None):
             if text is not None:
-                rows = PackedRows(DataConfig(source=text), load_tokenizer(folder), epochs=1)
-                rates = spike_rates(load_student(folder), next(iter(rows.batches(8))), text)
+                rates = _count_spikes(name, text, tokens)
                 labels[name] = f"rates measured on {text}"
             elif spikes is not None:
                 assumed = SiteRate(spikes, nonzero if nonzero is not None else min(1.0, spikes))
@@ -311,14 +301,18 @@ def spikes(model: Path, text: str, /, *, tokens: int = 4096) -> Result:
         text: file or folder of text.
         tokens: how much of it.
     """
+    return _count_spikes(model, text, tokens).to_dict()
+
+
+def _count_spikes(model: str | Path, text: str, tokens: int) -> SpikeReport:
     from mar.data import PackedRows
     from mar.folder import load_student, load_tokenizer
     from mar.results import spike_rates
     from mar.sources import DataConfig
 
+    student = load_student(model)
     rows = PackedRows(DataConfig(source=text, length=min(512, tokens)), load_tokenizer(model))
-    batch = next(iter(rows.batches(max(1, tokens // rows.length))))
-    return spike_rates(load_student(model), batch, text).to_dict()
+    return spike_rates(student, next(iter(rows.batches(max(1, tokens // rows.length)))), text)
 
 
 def generate(model: str, prompt: str, /, *, tokens: int = 100, temperature: float = 0.7, seed: int = 0) -> Result:
