@@ -128,9 +128,6 @@ class Slopes:
         backward(4 * self.b)
         return {}
 
-    def save(self, folder: Path) -> None:
-        raise NotImplementedError
-
 
 @pytest.mark.parametrize(
     ("tags", "clip", "gradients", "norms"),

@@ -103,7 +103,7 @@ def _read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a model's folder. Raises FileNotFoundError or ValueError where none is whole and fits the model."""
+    """The tokenizer in a model's folder. Raises FileNotFoundError or ValueError where none fits the model."""
     if not (Path(folder) / "tokenizer.json").is_file():
         raise FileNotFoundError(f"{folder} has no tokenizer.json; copy the teacher's tokenizer there.")
     try:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -54,10 +53,6 @@ class Objective(Protocol):
         metrics, all finite and with the same keys at every step; unless they hold a `loss`, the loop adds the sum of
         the parts.
         """
-        ...
-
-    def save(self, folder: Path) -> None:
-        """Write the student as a plain Hugging Face folder."""
         ...
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -96,10 +95,6 @@ class Align:
             errors.append(loss.detach())
         return {"relative_mse_to_llama": torch.stack(errors).mean().item()}
 
-    def save(self, folder: Path) -> None:
-        """Write the student as a plain folder."""
-        self.student.save_pretrained(folder)
-
 
 @dataclass
 class Orient:
@@ -129,10 +124,6 @@ class Orient:
             distances.append(loss.detach())
         return {"matrix_distance_to_llama": torch.stack(distances).mean().item()}
 
-    def save(self, folder: Path) -> None:
-        """Write the student as a plain folder."""
-        self.student.save_pretrained(folder)
-
 
 @dataclass
 class Distill:
@@ -158,10 +149,6 @@ class Distill:
         backward(loss)
         measure = "kl" if (self.alpha, self.beta) == (1, 0) else "bidirectional_kl"
         return {f"{measure}_to_{self.against}": loss.item()}
-
-    def save(self, folder: Path) -> None:
-        """Write the student as a plain folder."""
-        self.student.save_pretrained(folder)
 
 
 def _logit_loss(
@@ -205,10 +192,6 @@ class SpikeAlign:
             "mixer_relative_mse_to_dense": torch.stack(mixer_errors).mean().item(),
             "ffn_relative_mse_to_dense": torch.stack(ffn_errors).mean().item(),
         }
-
-    def save(self, folder: Path) -> None:
-        """Write the student as a plain folder."""
-        self.student.save_pretrained(folder)
 
 
 FEATURES = ("pre", "post", "both", "none")
@@ -300,7 +283,3 @@ class Spike:
         finally:
             for handle in handles:
                 handle.remove()
-
-    def save(self, folder: Path) -> None:
-        """Write the student as a plain folder."""
-        self.student.save_pretrained(folder)

@@ -1,0 +1,199 @@
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from transformers import PreTrainedTokenizerFast
+
+import mar
+from mar import verbs
+from mar.census import census
+from mar.cli import VERBS
+from mar.config import NeuronConfig, site_neurons
+from mar.conversion import LLAMBA_LAYER_NAMES, LLAMBA_NAMES, convert_llama, insert_neurons
+from mar.costs import cost
+from mar.data import PackedRows
+from mar.folder import digest, load_student, save_student
+from mar.results import spike_rates
+from mar.sources import DataConfig
+from mar.spikes import SiteRate
+from mar.teachers import Teacher, load_teacher
+from tiny_recipes import LENGTH, files_of, log_of, provenance, weights_of, write_sentences
+
+Folders = dict[str, Path]
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_llama_folder: Path) -> Teacher:
+    return load_teacher(tiny_llama_folder)
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_llama_folder: Path, teacher: Teacher, tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """Teacher, an untrained dense and an untrained spiking student, and a text."""
+    base = tmp_path_factory.mktemp("verbs")
+    text = write_sentences(base / "sentences.jsonl")
+    dense = convert_llama(teacher.model)
+    rows = PackedRows(DataConfig(str(text), length=LENGTH), teacher.tokenizer)
+    spiking = insert_neurons(dense, site_neurons(NeuronConfig()), rows.batches(2), tokens=128)
+    for name, student in (("dense", dense), ("spiking", spiking)):
+        card = {"step": name, "teacher": teacher.source, "tokens": 0}
+        save_student(student, teacher.tokenizer, base / name, card)
+    return {"teacher": tiny_llama_folder, "text": text, "dense": base / "dense", "spiking": base / "spiking"}
+
+
+def train(folders: Folders, output: Path, kind: Any = "distill", **changes: Any) -> dict[str, Any]:
+    settings = {"teacher": folders["teacher"], "text": folders["text"], "tokens": 96, "batch_size": 1, "length": LENGTH}
+    settings |= changes
+    student = folders["spiking" if kind.startswith("spike") else "dense"]
+    named = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
+    return verbs.train(kind, student, output, **named)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_docstring_has_a_line_for_every_argument(verb: str) -> None:
+    function = VERBS[verb]
+    offered = set(inspect.signature(function).parameters) - {"overrides"}
+    assert offered == set(mar.cli._documentation(function)[1])  # type: ignore[attr-defined]
+
+
+def test_results_are_json(folders: Folders, tmp_path: Path) -> None:
+    spiking, text = folders["spiking"], str(folders["text"])
+    for result in (
+        verbs.convert(str(folders["teacher"]), tmp_path / "dense"),
+        train(folders, tmp_path / "trained"),
+        verbs.evaluate([spiking], teacher=str(folders["teacher"]), text=text, tokens=64, window=32),
+        verbs.energy([str(spiking)], text=text, tokens=64),
+        verbs.spikes(spiking, text, tokens=64),
+        verbs.generate(str(spiking), "Why?", tokens=3),
+        verbs.info(),
+    ):
+        assert json.loads(json.dumps(result, allow_nan=False)) == result
+
+
+def test_convert_calibrates_on_text(folders: Folders, teacher: Teacher, tmp_path: Path) -> None:
+    verbs.convert(str(folders["teacher"]), tmp_path / "plain")
+    verbs.convert(str(folders["teacher"]), tmp_path / "calibrated", text=str(folders["text"]))
+    plain, calibrated = (load_student(tmp_path / name).model.layers[0].mixer for name in ("plain", "calibrated"))
+    assert plain.D.eq(0).all()
+    assert calibrated.D.ne(0).any()
+    assert provenance(tmp_path / "calibrated")["settings"]["text"] == str(folders["text"])
+    assert provenance(tmp_path / "plain")["parent"] == teacher.source
+
+
+def write_llamba(folder: Path, tokenizer: PreTrainedTokenizerFast, teacher: Teacher) -> dict[str, torch.Tensor]:
+    """A random Llamba checkpoint with the published names and shapes; returns its weights by our names."""
+    student = convert_llama(teacher.model, preset="llamba", init="llamba")
+    names = {ours: theirs for theirs, ours in LLAMBA_NAMES.items()}
+    for layer in range(2):
+        names |= {
+            f"model.layers.{layer}.{ours}": f"backbone.layers.{layer}.{theirs}"
+            for theirs, ours in LLAMBA_LAYER_NAMES.items()
+        }
+    weights = {name: tensor.contiguous() for name, tensor in student.state_dict().items()}
+    shaped = {name: tensor.unsqueeze(1) if name.endswith("conv_weight") else tensor for name, tensor in weights.items()}
+    folder.mkdir()
+    save_file({names[name]: tensor.clone() for name, tensor in shaped.items()}, folder / "model.safetensors")
+    ssm = {"n_v_heads": 4, "n_qk_heads": 4, "d_state": 8, "expand": 1, "activation": "identity", "bias": False}
+    config = {"d_model": 32, "n_layer": 2, "vocab_size": 320, "norm_epsilon": 1e-6, "ssm_cfg": ssm}
+    (folder / "config.json").write_text(json.dumps({**config, "mlp_cfg": {"intermediate_size": 64}}))
+    tokenizer.save_pretrained(folder)
+    return weights
+
+
+def test_convert_reads_llamba_folders(
+    tiny_tokenizer: PreTrainedTokenizerFast, teacher: Teacher, tmp_path: Path
+) -> None:
+    weights = write_llamba(tmp_path / "llamba", tiny_tokenizer, teacher)
+    result = verbs.convert(str(tmp_path / "llamba"), tmp_path / "dense")
+    student = load_student(tmp_path / "dense")
+    assert student.state_dict().keys() == weights.keys()
+    assert all(tensor.equal(weights[name]) for name, tensor in student.state_dict().items())
+    assert result["parameters"] == student.num_parameters()
+    origin = provenance(tmp_path / "dense")["teacher"]
+    assert (origin["kind"], origin["sha256"]) == ("llamba", digest(tmp_path / "llamba"))
+
+
+def test_training_is_gone_on_with(folders: Folders, tmp_path: Path) -> None:
+    steps = 0
+
+    def stop(*_: Any) -> None:
+        nonlocal steps
+        steps += 1
+        if steps in (2, 4):
+            raise KeyboardInterrupt
+
+    train(folders, tmp_path / "whole", "spike", teacher=folders["dense"])
+    handle = register_optimizer_step_pre_hook(stop)
+    try:
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                train(folders, tmp_path / "stopped", "spike", teacher=folders["dense"])
+    finally:
+        handle.remove()
+    train(folders, tmp_path / "stopped", "spike", teacher=folders["dense"])
+    assert weights_of(tmp_path / "stopped") == weights_of(tmp_path / "whole")
+    assert log_of(tmp_path / "stopped") == log_of(tmp_path / "whole")
+
+
+def test_trained_folders_say_where_they_come_from(folders: Folders, teacher: Teacher, tmp_path: Path) -> None:
+    before = files_of(folders["dense"])
+    metrics = train(folders, tmp_path / "trained", tokens=80)
+    found = provenance(tmp_path / "trained")
+    assert found["parent"] == {"kind": "folder", "name": str(folders["dense"]), "sha256": digest(folders["dense"])}
+    assert found["teacher"] == teacher.source
+    assert found["tokens"] == metrics["tokens"] == 96  # 80 rounded up to whole steps
+    assert files_of(folders["dense"]) == before
+    train(folders, tmp_path / "spiking", "spike_align", teacher=folders["dense"])
+    assert provenance(tmp_path / "spiking")["teacher"]["sha256"] == digest(folders["dense"])
+
+
+@pytest.mark.parametrize(("spikes", "nonzero", "expected"), [(0.4, None, 0.4), (1.7, None, 1.0), (0.4, 0.3, 0.3)])
+def test_assumed_rates(folders: Folders, spikes: float, nonzero: float | None, expected: float) -> None:
+    found = verbs.energy([str(folders["spiking"])], context=64, spikes=spikes, nonzero=nonzero, tables=["45nm-fp32"])
+    config = load_student(folders["spiking"]).config
+    report = cost(census(config, 64, dict.fromkeys(config.neurons, SiteRate(spikes, expected))))
+    assert found["models"][0]["compute"] == report.to_dict()
+
+
+def test_measured_rates(folders: Folders, teacher: Teacher) -> None:
+    text = str(folders["text"])
+    found = verbs.spikes(folders["spiking"], text, tokens=100)
+    rows = next(PackedRows(DataConfig(text, length=100), teacher.tokenizer).batches(1))
+    student = load_student(folders["spiking"])
+    report = spike_rates(student, rows, text)
+    assert found == report.to_dict()
+    priced = verbs.energy([str(folders["spiking"])], context=64, text=text, tokens=100)
+    assert priced["models"][0]["compute"] == cost(census(student.config, 64, report)).to_dict()
+
+
+def test_short_texts_are_enough_to_count_on(folders: Folders, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("One sentence.")
+    assert verbs.spikes(folders["spiking"], str(tmp_path / "short.txt"), tokens=200)["totals"]["tokens"] == 200
+
+
+def test_eval_of_the_dense_start(folders: Folders, teacher: Teacher) -> None:
+    found = verbs.evaluate(
+        [folders["dense"]], teacher=str(folders["teacher"]), text=str(folders["text"]), tokens=64, window=32
+    )
+    figure = found["held_out"][str(folders["dense"])]
+    assert (figure["windows"], figure["against"]) == (2, teacher.source["name"])
+    assert figure["kl"]["value"] > 0
+    assert found["parameters"]["teacher"] == teacher.model.num_parameters()
+
+
+def test_generate_ends_where_the_model_does(folders: Folders, capfd: pytest.CaptureFixture[str]) -> None:
+    found = verbs.generate(str(folders["dense"]), "Why?", tokens=5, temperature=0.0)
+    assert found["tokens"] <= 5
+    assert capfd.readouterr() == ("", f"{found['text']}\n")
+
+
+def test_info_counts_what_torch_uses() -> None:
+    found = verbs.info()
+    assert found["threads"] == torch.get_num_threads()
+    assert found["versions"]["mar"] == mar.__version__
+    assert all(reason for reason in found["backends"].values())
