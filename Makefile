@@ -10,7 +10,7 @@ CANDIDATES := $(PYTHON) python3 python3.11 python3.12 python3.13 python3.14
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup quickstart test lint types docs clean
+.PHONY: help setup quickstart test lint types docs wheel clean
 .DEFAULT_GOAL := help
 
 help: ## list these targets
@@ -19,7 +19,7 @@ help: ## list these targets
 setup: $(INSTALLED) ## make .venv and install the package with its tools; done once, and again when what it needs changes
 
 # The stamp is written last, so that an interrupted set-up starts again.
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*.hpp csrc/CMakeLists.txt)
 	@python=; \
 	for candidate in $(CANDIDATES); do \
 		if $$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then python=$$candidate; break; fi; \
@@ -50,6 +50,9 @@ types: setup ## static types
 docs: export NO_MKDOCS_2_WARNING := 1
 docs: setup ## build the documentation into site/; any warning is an error
 	$(BIN)/mkdocs build --strict
+
+wheel: setup ## build dist/*.whl for this platform; it installs where there is no compiler
+	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist . $(PIP_ARGS)
 
 clean: ## remove .venv and everything built; runs/ and the caches of downloads stay
 	rm -rf $(VENV) site build dist .pytest_cache .ruff_cache .hypothesis

@@ -230,7 +230,9 @@ def test_thousands_of_steps(decay, limit):
         NAMES, gradients(kernels.scan, in_dtype(inputs, torch.float32), weights), expected, strict=True
     ):
         assert gradient.isfinite().all(), name
-        assert rms_ratio(gradient, truth) < 10 * limit, name
+        # Where decay is strong, the gradient of its logarithm is nothing but the rounding of sums that cancel.
+        negligible = name == "log_decay" and gradient.abs().max() < 1e-9 and truth.abs().max() < 1e-9
+        assert negligible or rms_ratio(gradient, truth) < 10 * limit, name
 
 
 def test_strong_and_weak_decay_side_by_side():
@@ -343,5 +345,5 @@ def test_conv_reads_no_uninitialised_memory():
 
 
 def test_every_op_names_its_backend():
-    assert set(kernels.backends()) == {"scan", "scan_step", "causal_conv"}
+    assert set(kernels.backends()) == {"scan", "scan_step", "causal_conv", "mixer", "staircase"}
     assert all(": " in choice for choice in kernels.backends().values())

@@ -60,22 +60,51 @@ class DiscreteMamba2(nn.Module):
 
         `document_ids` restarts convolution and state where it changes within a row.
         """
-        x, log_decay, b, c, z, conv = self.ssm_inputs(hidden, state, mask, document_ids)
+        projected, log_decay = self._project(hidden)
+        # One token without gradients is decoding, where a step of the state costs least.
+        step = hidden.shape[1] == 1 and not torch.is_grad_enabled()
+        if mask is None and not step and kernels.mixer_takes(projected, self.conv_weight):
+            gated, ssm, conv = self._fused(projected, log_decay, state, document_ids)
+        else:
+            gated, ssm, conv = self._composed(projected, log_decay, state, mask, document_ids, step)
+        return self.out_proj(self.out_neuron(gated)), MixerState(conv, ssm)
+
+    def _fused(
+        self, projected: Tensor, log_decay: Tensor, state: MixerState | None, document_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Input of out_proj (b, l, d_inner), state, and conv tail, by the one native op."""
+        past, ssm = (None, None) if state is None else state
+        parameters = (self.conv_weight, self.conv_bias, self.z_bias, self.D)
+        gain, unit = self.config.input_gain != "none", self.config.bc_norm == "l2"
+        gated, ssm = kernels.mixer(projected, log_decay, *parameters, past, ssm, document_ids, gain, unit)
+        xbc = projected[..., : self.config.conv_size]
+        return gated, ssm, _tail(xbc, past, self.config.conv_kernel - 1, document_ids)
+
+    def _composed(
+        self,
+        projected: Tensor,
+        log_decay: Tensor,
+        state: MixerState | None,
+        mask: Tensor | None,
+        document_ids: Tensor | None,
+        step: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same, op by op: the plain statement of the layer."""
+        x, b, c, z, conv = self._convolved(projected, state, mask, document_ids)
         scaled = x if self.config.input_gain == "none" else x * (-torch.expm1(log_decay))[..., None].to(x.dtype)
         if mask is not None:
             scaled = scaled * mask[..., None, None].to(x.dtype)
             log_decay = log_decay * mask[..., None]
         ssm = None if state is None else state.ssm
-        if hidden.shape[1] == 1 and not torch.is_grad_enabled():
+        if step:
             if ssm is None:
                 ssm = scaled.new_zeros(*x.shape[:1], *x.shape[2:], b.shape[-1], dtype=log_decay.dtype)
-            step = kernels.scan_step(scaled[:, 0], log_decay[:, 0], b[:, 0], c[:, 0], ssm)
-            y, ssm = step[0][:, None], step[1]
+            y, ssm = kernels.scan_step(scaled[:, 0], log_decay[:, 0], b[:, 0], c[:, 0], ssm)
+            y = y[:, None]
         else:
             y, ssm = kernels.scan(scaled, log_decay, b, c, ssm, document_ids, self.config.chunk_size)
         y = torch.addcmul(y, x, self.D[:, None].to(x.dtype)).flatten(2)
-        gated = y * F.silu(z + self.z_bias.to(z.dtype))
-        return self.out_proj(self.out_neuron(gated)), MixerState(conv, ssm)
+        return y * F.silu(z + self.z_bias.to(z.dtype)), ssm, conv
 
     def matrix(
         self, hidden: Float[Tensor, "b l d"], document_ids: Int[Tensor, "b l"] | None = None
@@ -91,10 +120,15 @@ class DiscreteMamba2(nn.Module):
         self, hidden: Tensor, state: MixerState | None, mask: Tensor | None, document_ids: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """x (b, l, h, p), log decay (b, l, h), B and C (b, l, h, n), gate logits z (b, l, d_inner), conv tail."""
-        config = self.config
+        projected, log_decay = self._project(hidden)
+        x, b, c, z, conv = self._convolved(projected, state, mask, document_ids)
+        return x, log_decay, b, c, z, conv
+
+    def _project(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """x, B, C and z side by side, before the convolution (b, l, conv + d_inner), and log decay (b, l, h)."""
         spikes = self.in_neuron(hidden)
-        wide = config.conv_size + config.inner_size
-        xbc, z = F.linear(spikes, self.in_proj.weight[:wide]).split([config.conv_size, config.inner_size], dim=-1)
+        wide = self.config.conv_size + self.config.inner_size
+        projected = F.linear(spikes, self.in_proj.weight[:wide])
         with torch.autocast(hidden.device.type, enabled=False):
             # bf16 logits would quantise the decay itself, so these few rows are always multiplied in fp32.
             rows = self.in_proj.weight[wide:]
@@ -102,18 +136,24 @@ class DiscreteMamba2(nn.Module):
             logits = F.linear(spikes.to(rows.dtype), rows)
             if self.decay_bias is not None:
                 logits = logits + self.decay_bias
-            log_decay = -F.softplus(logits)
+            return projected, -F.softplus(logits)
+
+    def _convolved(
+        self, projected: Tensor, state: MixerState | None, mask: Tensor | None, document_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """x (b, l, h, p), B and C (b, l, h, n), gate logits z (b, l, d_inner), conv tail."""
+        config = self.config
+        xbc, z = projected.split([config.conv_size, config.inner_size], dim=-1)
         if mask is not None:
             xbc = xbc * mask[..., None].to(xbc.dtype)
-        taps = config.conv_kernel
         past = None if state is None else state.conv
         mixed = kernels.causal_conv(xbc, self.conv_weight, self.conv_bias, past, document_ids)
-        conv = _tail(xbc, past, taps - 1, document_ids)
+        conv = _tail(xbc, past, config.conv_kernel - 1, document_ids)
         x, b, c = mixed.split([config.inner_size, *[config.num_heads * config.state_size] * 2], dim=-1)
         x, b, c = (part.unflatten(-1, (config.num_heads, -1)) for part in (x, b, c))
         if config.bc_norm == "l2":
             b, c = _unit(b, 1.0), _unit(c, config.state_size**0.5)
-        return x, log_decay, b, c, z, conv
+        return x, b, c, z, conv
 
 
 def _unit(vectors: Tensor, length: float) -> Tensor:
@@ -124,11 +164,13 @@ def _unit(vectors: Tensor, length: float) -> Tensor:
 
 def _tail(xbc: Tensor, past: Tensor | None, count: int, document_ids: Tensor | None) -> Tensor:
     """The last `count` inputs of the convolution, zeros for what precedes the sequence or its last document."""
+    length = xbc.shape[1]
     if past is None:
         past = xbc.new_zeros(xbc.shape[0], count, xbc.shape[2])
-    tail = torch.cat([past.to(xbc.dtype), xbc], dim=1)[:, xbc.shape[1] :].detach()
-    if document_ids is not None and xbc.shape[1]:
+    tail = torch.cat([past.to(xbc.dtype), xbc[:, max(0, length - count) :].detach()], dim=1)
+    tail = tail[:, tail.shape[1] - count :]
+    if document_ids is not None and length:
         ids = reference.segments(document_ids)
-        ids = torch.cat([ids[:, :1].expand(-1, count), ids], dim=1)[:, xbc.shape[1] :]
+        ids = torch.cat([ids[:, :1].expand(-1, count), ids], dim=1)[:, length:]
         tail = tail * (ids == ids[:, -1:])[..., None]
     return tail

@@ -28,6 +28,7 @@ import torch
 from jaxtyping import Float, Int8
 from torch import Tensor, nn
 
+from mar import kernels
 from mar.config import NeuronConfig
 from mar.surrogate import SURROGATES, ste_range
 
@@ -246,9 +247,14 @@ class Neuron(nn.Module):
     def forward(self, current: Float[Tensor, "*batch channels"]) -> Float[Tensor, "*batch channels"]:
         """The merged spikes, differentiable in `current` and `a`."""
         self._check(current)
-        if has_closed_form(self.config):
-            return _ClosedForm.apply(current, self.threshold, self.config)
         threshold = self.threshold
+        if has_closed_form(self.config):
+            if self.config.surrogate == "ste" and kernels.staircase_takes(current):
+                signed = _signed(self.config)
+                codes = (-float(self.config.time_steps) if signed else 0.0, float(self.config.time_steps))
+                passing = ste_range(self.config.time_steps, signed)
+                return kernels.staircase(current, threshold, codes, passing, self.config.precharge)
+            return _ClosedForm.apply(current, threshold, self.config)
         spikes = recurrence(current, threshold, self.config).spikes
         return merge_spikes(spikes, threshold, self.config).to(current.dtype)
 

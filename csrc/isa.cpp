@@ -1,0 +1,90 @@
+#include "isa.hpp"
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "kernels.hpp"
+#include "training.hpp"
+
+namespace mar {
+
+#define MAR_DECLARE(name)             \
+  namespace name {                    \
+  extern const Kernels kernels;       \
+  extern const Training training;     \
+  }
+MAR_DECLARE(generic)
+#if defined(__x86_64__)
+MAR_DECLARE(avx2)
+MAR_DECLARE(avx512)
+#endif
+#undef MAR_DECLARE
+
+namespace {
+
+struct Candidate {
+  const char* name;
+  const Kernels* kernels;
+  const Training* training;
+  std::vector<std::string> needs;  // besides the platform's baseline: what CMakeLists.txt lets the compiler use
+};
+
+std::vector<Candidate> candidates() {
+  std::vector<Candidate> list;
+#if defined(__x86_64__)
+  const std::vector<std::string> wide = {"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni", "avx512bf16"};
+  list.push_back({"avx512", &avx512::kernels, &avx512::training, wide});
+  list.push_back({"avx2", &avx2::kernels, &avx2::training, {"avx2", "fma"}});
+#endif
+  list.push_back({"generic", &generic::kernels, &generic::training, {}});
+  return list;
+}
+
+std::string joined(const std::vector<std::string>& names) {
+  std::string text;
+  for (const auto& name : names) text += (text.empty() ? "" : ", ") + name;
+  return text;
+}
+
+}  // namespace
+
+std::vector<std::string> cpu_features() {
+  std::vector<std::string> found;
+#if defined(__x86_64__)
+  // __builtin_cpu_supports also asks whether the operating system saves the wide registers.
+  __builtin_cpu_init();
+#define MAR_FEATURE(name) \
+  if (__builtin_cpu_supports(name)) found.push_back(name);
+  MAR_FEATURE("avx2")
+  MAR_FEATURE("fma")
+  MAR_FEATURE("avx512f")
+  MAR_FEATURE("avx512bw")
+  MAR_FEATURE("avx512dq")
+  MAR_FEATURE("avx512vl")
+  MAR_FEATURE("avx512vnni")
+  MAR_FEATURE("avx512bf16")
+#undef MAR_FEATURE
+#endif
+  return found;
+}
+
+Variant choose_variant(const std::string& forced, const std::vector<std::string>& features) {
+  std::vector<std::string> names;
+  for (const auto& one : candidates()) {
+    std::vector<std::string> lacking;
+    for (const auto& need : one.needs)
+      if (std::find(features.begin(), features.end(), need) == features.end()) lacking.push_back(need);
+    if (forced.empty() ? lacking.empty() : forced == one.name) {
+      if (!lacking.empty())
+        throw std::invalid_argument("MAR_ISA is '" + forced + "', but this CPU lacks " + joined(lacking) +
+                                    "; unset it or force a lower one.");
+      const std::string why = forced.empty() ? "the best that this CPU runs" : "forced by MAR_ISA";
+      const std::string needs = one.needs.empty() ? "nothing beyond the platform's baseline" : joined(one.needs);
+      return {one.name, why + " (needs " + needs + ")", features, one.kernels, one.training};
+    }
+    names.push_back(one.name);
+  }
+  throw std::invalid_argument("MAR_ISA is '" + forced + "'; use one of " + joined(names) + ".");
+}
+
+}  // namespace mar

@@ -1,0 +1,121 @@
+// The engine's inner loops, one table an instruction set.
+// Does: name them and say what they compute. Does not: choose (isa.cpp), share work among threads (model.cpp).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace mar {
+
+// Outputs come in slices of 64: of one row of weights, a slice is one cache line in int8.
+constexpr int kSlice = 64;
+// Rows go four at a time, so that one instruction multiplies and adds four bytes.
+constexpr int kQuad = 4;
+// Inputs that share a scale in int4.
+constexpr int kGroup = 64;
+
+// A piece of packed weights: `slices` slices of every input's row, rows `stride` bytes apart. In int4 a cache line holds
+// two slices, the even one in its low nibbles: pieces start at an even slice and have an even number of them.
+struct Block {
+  const std::uint8_t* rows;
+  std::size_t stride;
+  int slices;
+};
+
+// The rows that are asked for, in ascending order: input index[r] times value[r]. In integer precisions codes[r] is the
+// value, and `count` is a multiple of kQuad (filled up with code 0). A null index means rows 0, 1, ... count - 1.
+struct Rows {
+  const std::int32_t* index;
+  const std::int8_t* codes;
+  const float* values;
+  int count;
+};
+
+// How an int4 list falls into groups of inputs that share scales: `ends` in the list, ascending and none of them empty;
+// sums of the codes of each; bf16 scales of the block's outputs, `scale_stride` apart from group to group of inputs.
+struct Groups {
+  const int* ends;
+  const std::int32_t* sums;
+  const std::uint16_t* scales;
+  std::size_t scale_stride;
+  int end_after(int start) const {
+    const int* end = ends;
+    while (*end <= start) ++end;
+    return *end;
+  }
+};
+
+struct Encoder {
+  int low, high;  // codes are clamped to these: -T or 0, and T
+  bool round;     // to the nearest (pre-charged), else towards zero
+};
+
+// One head of one layer: where its parameters, inputs, outputs and state lie. P is the head's width, N the state's.
+struct Head {
+  int width, size, taps;       // P, N, K
+  int channels;                // of the convolution: x, B and C of all heads
+  int x, b, c;                 // the head's first channel of each
+  bool gain, unit;             // scale x by 1 - decay; B and C of unit length, C times sqrt(N)
+  float skip;                  // D
+  const float* conv_weight;    // K x channels, the current token's tap last
+  const float* conv_bias;      // channels
+  const float* gate_bias;      // P
+  float* conv_state;           // K - 1 x channels, the newest token last
+  float* state;                // N x P
+};
+
+struct Kernels {
+  // y = x / sqrt(mean(x^2) + eps) * weight.
+  void (*rms_norm)(const float* x, const float* weight, float eps, int n, float* y);
+  // codes = clamp(round or trunc(x / divisor)).
+  void (*encode)(const float* x, const float* divisor, int n, Encoder encoder, std::int8_t* codes);
+  // codes = round(x / scale), scale = max |x| / 127; returns the scale. Zeros for x = 0.
+  float (*quantise)(const float* x, int n, std::int8_t* codes);
+  // Sum of x y.
+  float (*dot)(const float* x, const float* y, int n);
+  // y += x.
+  void (*add)(const float* x, int n, float* y);
+  // y = silu(gate) * up.
+  void (*gated)(const float* gate, const float* up, int n, float* y);
+
+  // acc (slices x 64) = sum over rows of value times weights. In int8 the weights are taken as they are stored, off by
+  // 128: the caller takes away that much times the sum of codes.
+  void (*rows_f32)(Block block, Rows rows, float* acc);
+  void (*rows_bf16)(Block block, Rows rows, float* acc);
+  void (*rows_i8)(Block block, Rows rows, std::int32_t* acc);
+  void (*rows_i4)(Block block, Rows rows, Groups groups, float* out);
+
+  // out (tokens x slices * 64, `out_stride` floats apart) = inputs x weights for many tokens.
+  // f32 and bf16: values (tokens x inputs). scratch holds what scratch_bytes(inputs) says.
+  void (*block_f32)(Block block, int inputs, const float* values, int tokens, float* out, std::size_t out_stride,
+                    std::uint8_t* scratch);
+  void (*block_bf16)(Block block, int inputs, const float* values, int tokens, float* out, std::size_t out_stride,
+                     std::uint8_t* scratch);
+  // i8: out = scales[j] * token_scales[m] * (sum code * weight - 128 * sums[m]); inputs a multiple of kQuad.
+  void (*block_i8)(Block block, int inputs, const float* scales, const std::int8_t* codes, const std::int32_t* sums,
+                   const float* token_scales, int tokens, float* out, std::size_t out_stride, std::uint8_t* scratch);
+  // i4: scales (bf16) are `scale_stride` apart from group to group; sums is tokens x groups.
+  void (*block_i4)(Block block, int inputs, const std::uint16_t* scales, std::size_t scale_stride,
+                   const std::int8_t* codes, const std::int32_t* sums, const float* token_scales, int tokens,
+                   float* out, std::size_t out_stride, std::uint8_t* scratch);
+
+  // One token through one head: convolution, state, skip and gate. xbc: all channels of this token; gate: the head's P
+  // gate values; y: P outputs. Updates both states.
+  void (*head_step)(const Head& head, const float* xbc, const float* gate, float log_decay, float* y, float* scratch);
+  // The same for `tokens` tokens: rows of xbc, gate and y are the given numbers of floats apart, log_decay too.
+  void (*head_scan)(const Head& head, const float* xbc, std::size_t xbc_stride, const float* gate,
+                    std::size_t gate_stride, const float* log_decay, std::size_t decay_stride, int tokens, float* y,
+                    std::size_t y_stride, float* scratch);
+};
+
+// Tokens of one chunk of head_scan.
+constexpr int kChunk = 64;
+
+// Floats of scratch that head_scan needs (head_step needs less), and bytes that the block kernels need.
+inline std::size_t head_scratch(int width, int size) {
+  const std::size_t p = (width + 15) / 16 * 16, n = (size + 15) / 16 * 16;
+  return kChunk * (3 * p + 4 * n + kChunk + 8) + 16 * n;
+}
+inline std::size_t block_scratch(int inputs) { return (static_cast<std::size_t>(inputs) + 64) * kSlice * 4; }
+
+}  // namespace mar

@@ -1,0 +1,146 @@
+#include "linear.hpp"
+
+#include <algorithm>
+#include <cstdlib>
+
+namespace mar {
+
+std::size_t Linear::slice_bytes() const {
+  switch (precision) {
+    case Precision::f32: return kSlice * 4;
+    case Precision::bf16: return kSlice * 2;
+    case Precision::i8: return kSlice;
+    default: return kSlice / 2;
+  }
+}
+
+std::size_t Linear::scale_bytes() const {
+  if (precision == Precision::i8) return sizeof(float) * outputs();
+  if (precision == Precision::i4) return sizeof(std::uint16_t) * outputs() * groups();
+  return 0;
+}
+
+Block Linear::block(int slice, int count) const {
+  const int start = slice / panel * panel;
+  const std::size_t stride = std::min(panel, slices - start) * slice_bytes();
+  return {weights + static_cast<std::size_t>(rows) * start * slice_bytes() + (slice - start) * slice_bytes(), stride,
+          count};
+}
+
+// Slices of one thread; in int4 they come in twos.
+Range share_slices(const Linear& linear, int part, int parts) {
+  const int unit = linear.precision == Precision::i4 ? 2 : 1;
+  const Range units = share(linear.slices / unit, part, parts);
+  return {units.begin * unit, units.end * unit};
+}
+
+void Listing::reserve(int inputs, int outputs) {
+  // Up to three more for every group that has to be filled up to a quad.
+  const int most = inputs + (inputs / kGroup + 2) * kQuad;
+  index_.resize(most);
+  listed_.resize(most);
+  values_.resize(most);
+  codes_.resize(inputs);
+  sums_.resize(outputs);
+}
+
+void Listing::list(const Kernels& k, const Site& site, const float* x, int begin, int end, const std::int8_t* given,
+                   std::int8_t* taken) {
+  const Linear& linear = site.linear;
+  std::int8_t* codes = codes_.data();
+  token_scale_ = 1.0f;
+  spikes_ = nonzero_ = 0;
+  if (!site.divisor && !linear.integer()) {
+    for (int i = begin; i < end; ++i) {
+      index_[i - begin] = i;
+      values_[i - begin] = x[i];
+    }
+    nonzero_ = end - begin;
+    rows_ = {index_.data(), listed_.data(), values_.data(), end - begin};
+    return;
+  }
+  if (site.divisor) {
+    k.encode(x + begin, site.divisor + begin, end - begin, site.encoder, codes + begin);
+    if (taken) std::copy(codes + begin, codes + end, taken + begin);
+    if (given) std::copy(given + begin, given + end, codes + begin);
+    for (int i = begin; i < end; ++i) {
+      spikes_ += std::abs(codes[i]);
+      nonzero_ += codes[i] != 0;
+    }
+    if (site.multiplier)
+      for (int i = begin; i < end; ++i) codes[i] = static_cast<std::int8_t>(codes[i] * site.multiplier[i]);
+  } else {
+    token_scale_ = k.quantise(x, linear.inputs, codes);
+    for (int i = begin; i < end; ++i) nonzero_ += codes[i] != 0;
+  }
+  list_codes(linear, codes, begin, end, false);
+}
+
+void Listing::list_codes(const Linear& linear, const std::int8_t* codes, int begin, int end, bool all) {
+  const int group = linear.precision == Precision::i4 ? kGroup : linear.inputs;
+  group_ends_.clear();
+  group_sums_.clear();
+  int count = 0;
+  for (int first = begin; first < end;) {
+    const int last = std::min(end, (first / group + 1) * group);
+    const int start = count;
+    std::int32_t total = 0;
+    for (int i = first; i < last; ++i) {
+      index_[count] = i;
+      listed_[count] = codes[i];
+      count += all || codes[i] != 0;
+      total += codes[i];
+    }
+    if (linear.integer()) {
+      for (; count % kQuad; ++count) {
+        index_[count] = first;
+        listed_[count] = 0;
+      }
+    } else {
+      for (int r = start; r < count; ++r) values_[r] = listed_[r];
+    }
+    if (count > start) {
+      group_ends_.push_back(count);
+      group_sums_.push_back(total);
+    }
+    first = last;
+  }
+  rows_ = {index_.data(), listed_.data(), values_.data(), count};
+}
+
+void Listing::multiply(const Kernels& k, const Linear& linear, int begin, int end, float* to, bool plain) {
+  for (int slice = begin; slice < end;) {
+    const int here = std::min(end, (slice / linear.panel + 1) * linear.panel) - slice;
+    const Block block = linear.block(slice, here);
+    float* out = to + (slice - begin) * kSlice;
+    const int n = here * kSlice;
+    switch (linear.precision) {
+      case Precision::f32: k.rows_f32(block, rows_, out); break;
+      case Precision::bf16: k.rows_bf16(block, rows_, out); break;
+      case Precision::i8: {
+        std::int32_t* sums = sums_.data();
+        k.rows_i8(block, rows_, sums);
+        const std::int32_t off = 128 * (group_sums_.empty() ? 0 : group_sums_[0]);
+        if (plain) {
+          auto* raw = reinterpret_cast<std::int32_t*>(out);
+          for (int j = 0; j < n; ++j) raw[j] = sums[j] - off;
+        } else {
+          const float* scales = static_cast<const float*>(linear.scales) + slice * kSlice;
+          for (int j = 0; j < n; ++j) out[j] = static_cast<float>(sums[j] - off) * (scales[j] * token_scale_);
+        }
+        break;
+      }
+      case Precision::i4: {
+        const auto* scales = static_cast<const std::uint16_t*>(linear.scales) + slice * kSlice;
+        k.rows_i4(block, rows_,
+                  {group_ends_.data(), group_sums_.data(), scales, static_cast<std::size_t>(linear.outputs())}, out);
+        if (token_scale_ != 1.0f)
+          for (int j = 0; j < n; ++j) out[j] *= token_scale_;
+        break;
+      }
+    }
+    slice += here;
+  }
+}
+
+}  // namespace mar

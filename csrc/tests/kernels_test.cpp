@@ -1,0 +1,262 @@
+// Each kernel of a variant against its definition in double precision, at sizes that fill no vector.
+#include <algorithm>
+
+#include "check.hpp"
+
+using namespace tests;
+using mar::Precision;
+
+namespace {
+
+const Precision kPrecisions[] = {Precision::f32, Precision::bf16, Precision::i8, Precision::i4};
+
+void elementwise(const mar::Kernels& k) {
+  for (int n : {1, 3, 15, 16, 17, 40, 200}) {
+    const auto x = normals(n), weight = normals(n);
+    double squares = 0, product = 0, sizes = 0;
+    for (int i = 0; i < n; ++i) {
+      squares += static_cast<double>(x[i]) * x[i];
+      product += static_cast<double>(x[i]) * weight[i];
+      sizes += std::fabs(static_cast<double>(x[i]) * weight[i]);
+    }
+    CHECK(near(k.dot(x.data(), weight.data(), n), product, sizes));
+    std::vector<float> y(n);
+    k.rms_norm(x.data(), weight.data(), 1e-5f, n, y.data());
+    for (int i = 0; i < n; ++i) CHECK(near(y[i], x[i] / std::sqrt(squares / n + 1e-5) * weight[i], 0));
+    auto sum = x;
+    k.add(weight.data(), n, sum.data());
+    for (int i = 0; i < n; ++i) CHECK(sum[i] == x[i] + weight[i]);
+    const auto gate = normals(n, 20.0f);
+    k.gated(gate.data(), x.data(), n, y.data());
+    for (int i = 0; i < n; ++i) CHECK(near(y[i], gate[i] / (1 + std::exp(-static_cast<double>(gate[i]))) * x[i], 1e-6));
+  }
+}
+
+void encoders(const mar::Kernels& k) {
+  for (int n : {1, 15, 16, 33}) {
+    for (int steps : {1, 4, 16, 127})
+      for (bool round : {false, true})
+        for (int low : {0, -steps}) {
+          std::vector<float> x(n), divisor(n);
+          for (int i = 0; i < n; ++i) {
+            divisor[i] = std::exp(normal());
+            // Multiples and halves exactly, far beyond the last threshold, and anything.
+            const float places[] = {integer(-steps, steps) * divisor[i], (integer(-steps, steps) + 0.5f) * divisor[i],
+                                    normal(1e30f), normal(2.0f * steps), 0.0f, -0.0f};
+            x[i] = places[integer(0, 5)];
+          }
+          std::vector<std::int8_t> found(n);
+          k.encode(x.data(), divisor.data(), n, {low, steps, round}, found.data());
+          for (int i = 0; i < n; ++i) {
+            const float ratio = x[i] / divisor[i];
+            const float whole = round ? std::nearbyint(ratio) : std::trunc(ratio);
+            CHECK(found[i] == std::clamp(whole, static_cast<float>(low), static_cast<float>(steps)));
+          }
+        }
+    // What is no number gives some code in range.
+    const std::vector<float> odd(n, std::nanf("")), ones(n, 1.0f), zeros(n, 0.0f);
+    std::vector<std::int8_t> found(n);
+    for (const auto* x : {&odd, &ones, &zeros})
+      for (const auto* divisor : {&odd, &zeros}) {
+        k.encode(x->data(), divisor->data(), n, {-4, 4, true}, found.data());
+        for (int code : found) CHECK(code >= -4 && code <= 4);
+      }
+  }
+}
+
+void quantisers(const mar::Kernels& k) {
+  for (int n : {1, 15, 16, 17, 72})
+    for (float size : {1.0f, 1e-20f, 1e30f}) {
+      const auto x = normals(n, size);
+      std::vector<std::int8_t> found(n);
+      const float scale = k.quantise(x.data(), n, found.data());
+      float peak = 0;
+      for (float value : x) peak = std::max(peak, std::fabs(value));
+      CHECK(scale == peak / 127.0f);
+      int most = 0;
+      for (int i = 0; i < n; ++i) {
+        CHECK(std::fabs(found[i] * static_cast<double>(scale) - x[i]) <= 0.5001 * scale);
+        most = std::max(most, std::abs(found[i]));
+      }
+      CHECK(most == 127);
+    }
+  for (float tiny : {0.0f, 1e-45f, 1e-39f}) {  // a scale that cannot be inverted
+    const std::vector<float> x(33, tiny);
+    std::vector<std::int8_t> found(33, 1);
+    const float scale = k.quantise(x.data(), 33, found.data());
+    for (int code : found) CHECK(std::fabs(code * scale - tiny) <= 1e-38f);
+  }
+}
+
+// Rows that codes ask for, in shares of slices, and many tokens at once: all against the weights' own meaning.
+void linears(const mar::Kernels& k) {
+  for (Precision precision : kPrecisions)
+    for (auto [inputs, outputs] : {std::pair{1, 1}, {5, 70}, {40, 300}, {63, 64}, {72, 450}, {130, 129}}) {
+      const Weights weights(precision, inputs, outputs);
+      const mar::Linear& linear = weights.linear;
+      const int wide = linear.outputs(), tokens = 9;
+      std::vector<std::int8_t> many;
+      std::vector<std::int32_t> sums;
+      std::vector<float> values;
+      std::vector<double> wanted, sizes;
+      const auto token_scales = normals(tokens);
+      std::vector<float> singles;
+      for (int m = 0; m < tokens; ++m) {
+        const auto one = codes(inputs, -127, 127, m / 8.0);
+        many.insert(many.end(), one.begin(), one.end());
+        many.resize(static_cast<std::size_t>(m + 1) * linear.rows, 0);
+        values.insert(values.end(), one.begin(), one.end());
+        for (int first = 0; first < inputs; first += precision == Precision::i4 ? mar::kGroup : inputs) {
+          int sum = 0;
+          for (int i = first; i < (precision == Precision::i4 ? std::min(inputs, first + mar::kGroup) : inputs); ++i) sum += one[i];
+          sums.push_back(sum);
+        }
+        for (int j = 0; j < wide; ++j) {
+          double sum = 0, size = 0;
+          for (int i = 0; i < inputs; ++i) {
+            sum += one[i] * weights.at(i, j);
+            size += std::fabs(one[i] * weights.at(i, j));
+          }
+          wanted.push_back(sum);
+          sizes.push_back(size);
+        }
+        mar::Listing listing;
+        listing.reserve(inputs, wide);
+        for (bool all : {false, true})
+          for (int parts : {1, 3}) {
+            std::vector<float> out(wide);
+            listing.list_codes(linear, one.data(), 0, inputs, all);
+            for (int part = 0; part < parts; ++part) {
+              const auto range = mar::share_slices(linear, part, parts);
+              listing.multiply(k, linear, static_cast<int>(range.begin), static_cast<int>(range.end),
+                               out.data() + range.begin * mar::kSlice, false);
+            }
+            for (int j = 0; j < wide; ++j) CHECK(near(out[j], wanted[m * wide + j], sizes[m * wide + j]));
+            if (!all && parts == 1) singles.insert(singles.end(), out.begin(), out.end());
+          }
+      }
+      // Block kernels read whole panels: one panel of all slices.
+      std::vector<float> out(static_cast<std::size_t>(tokens) * wide);
+      std::vector<std::uint8_t> scratch(mar::block_scratch(linear.rows));
+      for (bool scaled : {false, true}) {
+        if (scaled && !linear.integer()) continue;
+        const float* scales = scaled ? token_scales.data() : nullptr;
+        for (int slice = 0; slice < linear.slices; slice += linear.panel) {
+          const mar::Block block = linear.block(slice, std::min(linear.panel, linear.slices - slice));
+          float* to = out.data() + slice * mar::kSlice;
+          const auto* i8 = static_cast<const float*>(linear.scales) + (linear.scales ? slice * mar::kSlice : 0);
+          const auto* i4 = static_cast<const std::uint16_t*>(linear.scales) + (linear.scales ? slice * mar::kSlice : 0);
+          switch (precision) {
+            case Precision::f32: k.block_f32(block, inputs, values.data(), tokens, to, wide, scratch.data()); break;
+            case Precision::bf16: k.block_bf16(block, inputs, values.data(), tokens, to, wide, scratch.data()); break;
+            case Precision::i8:
+              k.block_i8(block, linear.rows, i8, many.data(), sums.data(), scales, tokens, to, wide, scratch.data());
+              break;
+            default:
+              k.block_i4(block, linear.rows, i4, wide, many.data(), sums.data(), scales, tokens, to, wide, scratch.data());
+          }
+        }
+        for (int m = 0; m < tokens; ++m)
+          for (int j = 0; j < wide; ++j) {
+            const std::size_t at = static_cast<std::size_t>(m) * wide + j;
+            const double factor = scaled ? token_scales[m] : 1.0;
+            CHECK(near(out[at], wanted[at] * factor, sizes[at] * std::fabs(factor)));
+            if (precision == Precision::i8 && !scaled) CHECK(out[at] == singles[at]);
+          }
+      }
+    }
+}
+
+// A head in double precision, a token at a time, as mar.mixer states it.
+struct Recurrence {
+  mar::Head head;
+  std::vector<std::vector<float>> seen;  // inputs of the convolution
+  std::vector<double> state;
+
+  std::vector<double> part(int first, int count) const {
+    std::vector<double> y(count);
+    for (int i = 0; i < count; ++i) {
+      y[i] = head.conv_bias[first + i];
+      for (int k = 0; k < head.taps; ++k)
+        y[i] += static_cast<double>(head.conv_weight[k * head.channels + first + i]) * seen[seen.size() - head.taps + k][first + i];
+    }
+    return y;
+  }
+
+  std::vector<double> step(const float* gate, double log_decay) {
+    auto x = part(head.x, head.width), b = part(head.b, head.size), c = part(head.c, head.size);
+    if (head.unit)
+      for (auto [v, length] : {std::pair{&b, 1.0}, {&c, std::sqrt(static_cast<double>(head.size))}}) {
+        double squares = 1e-5;
+        for (double one : *v) squares += one * one;
+        for (double& one : *v) one *= length / std::sqrt(squares);
+      }
+    std::vector<double> y(head.width);
+    for (int p = 0; p < head.width; ++p) {
+      for (int n = 0; n < head.size; ++n) {
+        double& s = state[n * head.width + p];
+        s = s * std::exp(log_decay) + x[p] * b[n] * (head.gain ? -std::expm1(log_decay) : 1.0);
+        y[p] += s * c[n];
+      }
+      const double open = static_cast<double>(gate[p]) + head.gate_bias[p];
+      y[p] = (y[p] + head.skip * x[p]) * open / (1 + std::exp(-open));
+    }
+    return y;
+  }
+};
+
+void heads(const mar::Kernels& k, int width, int size, int taps, bool gain, bool unit) {
+  const int channels = width + 2 * size + 3, tokens = 150;  // more than two chunks; three channels are of no head
+  const auto weight = normals(static_cast<std::size_t>(taps) * channels, 0.6f), bias = normals(channels, 0.3f);
+  const auto gate_bias = normals(width), xbc = normals(static_cast<std::size_t>(tokens) * channels);
+  const auto gates = normals(static_cast<std::size_t>(tokens) * width);
+  std::vector<float> decays(tokens);
+  for (auto& decay : decays) decay = integer(0, 9) == 0 ? -60.0f : -0.1f * std::fabs(normal());
+  mar::Head head{};
+  head.width = width, head.size = size, head.taps = taps, head.channels = channels;
+  head.x = 1, head.b = 2 + width, head.c = 3 + width + size;
+  head.gain = gain, head.unit = unit, head.skip = 0.7f;
+  head.conv_weight = weight.data(), head.conv_bias = bias.data(), head.gate_bias = gate_bias.data();
+  Recurrence truth{head, std::vector<std::vector<float>>(taps - 1, std::vector<float>(channels, 0.0f)),
+                   std::vector<double>(static_cast<std::size_t>(size) * width)};
+  std::vector<double> wanted;
+  double largest = 0;
+  for (int t = 0; t < tokens; ++t) {
+    truth.seen.emplace_back(xbc.begin() + static_cast<std::ptrdiff_t>(t) * channels, xbc.begin() + static_cast<std::ptrdiff_t>(t + 1) * channels);
+    const auto y = truth.step(gates.data() + t * width, decays[t]);
+    wanted.insert(wanted.end(), y.begin(), y.end());
+    for (double one : y) largest = std::max(largest, std::fabs(one));
+  }
+  for (const auto& lengths : {std::vector<int>{150}, {1, 1, 1, 147}, {64, 64, 22}, {2, 3, 70, 75}}) {
+    std::vector<float> conv(static_cast<std::size_t>(taps - 1) * channels), state(static_cast<std::size_t>(size) * width);
+    std::vector<float> scratch(mar::head_scratch(width, size)), y(static_cast<std::size_t>(tokens) * width);
+    head.conv_state = conv.data(), head.state = state.data();
+    int at = 0;
+    for (int length : lengths) {
+      k.head_scan(head, xbc.data() + static_cast<std::size_t>(at) * channels, channels, gates.data() + static_cast<std::size_t>(at) * width, width,
+                  decays.data() + at, 1, length, y.data() + static_cast<std::size_t>(at) * width, width, scratch.data());
+      at += length;
+    }
+    for (std::size_t i = 0; i < y.size(); ++i) CHECK(near(y[i], wanted[i], largest, 4e-6));
+    for (std::size_t i = 0; i < state.size(); ++i) CHECK(near(state[i], truth.state[i], largest, 4e-6));
+    // The head's own channels of the last inputs; others are left alone.
+    for (int tap = 0; tap < taps - 1; ++tap)
+      for (int channel = 0; channel < channels; ++channel) {
+        const bool own = (channel >= head.x && channel < head.x + width) || (channel >= head.b && channel < head.b + size) ||
+                         (channel >= head.c && channel < head.c + size);
+        CHECK(conv[tap * channels + channel] == (own ? truth.seen[tokens + tap][channel] : 0.0f));
+      }
+  }
+}
+
+}  // namespace
+
+void test_kernels(const mar::Variant& variant) {
+  const mar::Kernels& k = *variant.kernels;
+  elementwise(k);
+  encoders(k);
+  quantisers(k);
+  linears(k);
+  for (auto [width, size] : {std::pair{8, 6}, {16, 16}, {64, 64}, {1, 1}, {80, 20}, {24, 70}})
+    for (int taps : {1, 4, 16}) heads(k, width, size, taps, taps != 1, width != 24);
+}
