@@ -12,31 +12,47 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 
+Name = TypeVar("Name", bound=Hashable)
 
-def alternate(peers: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call. Peers take turns, so that a busy machine slows all of them; first an untimed turn each."""
+
+def alternate(peers: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call, by `turns`."""
+
+    def timed(call: Callable[[], object]) -> float:
+        started = time.perf_counter()
+        call()
+        return time.perf_counter() - started
+
+    return turns({name: partial(timed, call) for name, call in peers.items()}, rounds)
+
+
+def turns(peers: Mapping[Name, Callable[[], float]], rounds: int) -> dict[Name, list[float]]:
+    """What each call returns, such as seconds by a clock of its own.
+
+    Peers take turns, so that a busy machine slows all of them; first comes a turn each that does not count.
+    """
     for call in peers.values():
         call()
-    seconds: dict[str, list[float]] = {name: [] for name in peers}
+    found: dict[Name, list[float]] = {name: [] for name in peers}
     for turn in range(rounds):
-        names = list(peers) if turn % 2 == 0 else list(peers)[::-1]
-        for name in names:
-            started = time.perf_counter()
-            peers[name]()
-            seconds[name].append(time.perf_counter() - started)
-    return seconds
+        for name in list(peers) if turn % 2 == 0 else list(peers)[::-1]:
+            found[name].append(peers[name]())
+    return found
 
 
-def speedup(seconds: dict[str, list[float]], ours: str, peer: str) -> float:
+def speedup(seconds: Mapping[Name, list[float]], ours: Name, peer: Name) -> float:
     """How many times faster ours is: the median over the rounds, each of which timed both close together."""
     return statistics.median(b / a for a, b in zip(seconds[ours], seconds[peer], strict=True))
 
@@ -56,11 +72,28 @@ def matmuls(shapes: Mapping[tuple[int, int, int], int], dtype: torch.dtype) -> t
     return probe, float(sum(2 * m * k * n * times for (m, k, n), times in shapes.items()))
 
 
-def arguments(description: str | None) -> argparse.ArgumentParser:
-    """A parser with the options of every benchmark."""
+def memory_read(threads: int, megabytes: int = 256) -> Callable[[], float]:
+    """A probe of memory: seconds per byte of a plain read of one buffer, four times, by as many threads."""
+    parts = np.array_split(np.ones(megabytes * 2**17, np.int64), threads)
+    pool = ThreadPoolExecutor(threads)
+
+    def probe() -> float:
+        started = time.perf_counter()
+        for _ in range(4):
+            list(pool.map(np.bitwise_or.reduce, parts))
+        return (time.perf_counter() - started) / (4 * megabytes * 2**20)
+
+    return probe
+
+
+def arguments(description: str | None, several_threads: bool = False) -> argparse.ArgumentParser:
+    """A parser with the options of every benchmark; several_threads: --threads takes a list."""
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-    parser.add_argument("--threads", type=int, default=cores(), help="torch threads; by default one a core")
+    if several_threads:
+        parser.add_argument("--threads", type=int, nargs="+", default=[cores()], help="by default one a core")
+    else:
+        parser.add_argument("--threads", type=int, default=cores(), help="torch threads; by default one a core")
     return parser
 
 
@@ -99,13 +132,12 @@ def show(title: str, columns: list[str], rows: list[list[Any]]) -> None:
 
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:
-    """The options as JSON values."""
-    plain = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
-    return {key: value for key, value in plain.items() if key != "json"}
+    """The options, but for the form of the output."""
+    return {key: value for key, value in vars(options).items() if key != "json"}
 
 
 def finish(figures: dict[str, Any], options: argparse.Namespace) -> None:
-    """Print the one JSON object on stdout, if asked for."""
+    """Print the one JSON object on stdout, if asked for; paths as text."""
     if options.json:
-        json.dump(figures, sys.stdout)
+        json.dump(figures, sys.stdout, default=str)
         print()
