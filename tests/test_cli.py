@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -137,6 +138,19 @@ def test_help_is_quick() -> None:
         (("eval", DENSE, "--teacher", "smollm2-135m", "--tasks", "chess"), "mar: Unknown task 'chess'; use some of"),
         (("convert", DENSE, "new"), "mar: run/2-distill/config.json says model_type 'mar'; a teacher must be a LLaMA"),
         (("convert", "smollm2-135m", DENSE), "mar: run/2-distill already holds a model; give another folder"),
+        (("insert", SPIKING, "new", "--text", HELD_OUT), f"mar: {SPIKING} already has neurons; give the dense folder"),
+        (("insert", DENSE, "new"), "mar insert: the following arguments are required: --text"),
+        (("insert", DENSE, "new", "--text", "x", "--sites", "qkv"), "mar insert: argument --sites: invalid choice"),
+        (("pack", DENSE, "new", "--precision", "int2"), "mar pack: argument --precision: invalid choice: 'int2'"),
+        (("pack", DENSE, SPIKING), f"mar: {SPIKING} already holds a model; give another folder"),
+        (("pack", "items", "new"), "mar: items holds no config.json; give a folder that `mar refine`"),
+        (("generate", "smollm2-135m", "Hello", "--engine", "native"), "mar: smollm2-135m holds no config.json"),
+        (("generate", DENSE, "Hello", "--precision", "int8"), "mar: precision is 'int8', but torch writes in fp32"),
+        (("chat", DENSE, "--threads", "0"), "mar: threads is 0; use at least 1."),
+        (
+            ("eval", DENSE, "--teacher", "smollm2-135m", "--text", HELD_OUT, "--precision", "int4"),
+            "mar: precision is 'int4', which torch has not; use fp32, bf16, or --engine native.",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
@@ -202,6 +216,15 @@ def test_convert_makes_a_dense_folder(run_json: Callable[..., Any], run: Run) ->
     assert json.loads(Path("published/config.json").read_text())["bc_norm"] == "none"
 
 
+def test_insert_makes_a_spiking_folder(run_json: Callable[..., Any], run: Run) -> None:
+    placed = ["--sites", "gate_up", "down_proj", "--per-site", "down_proj.time_steps=9", "gate_up.tau=2"]
+    found = run_json("insert", DENSE, "inserted", "--text", HELD_OUT, "--tokens", 64, "--time-steps", 3, *placed)
+    assert found == {"folder": "inserted", "neurons": 2 * (32 + 64)}
+    neurons = json.loads(Path("inserted/config.json").read_text())["neurons"]
+    assert {site: settings["time_steps"] for site, settings in neurons.items()} == {"gate_up": 3, "down_proj": 9}
+    assert run_json("spikes", "inserted", HELD_OUT, "--tokens", 32)["totals"]["spikes"] > 0
+
+
 def test_train_goes_from_folder_to_folder(run_json: Callable[..., Any], run: Run) -> None:
     options = ["--text", "sentences.jsonl", "--length", 32, "--tokens", 64, "--batch-size", 1]
     found = run_json("train", "distill", DENSE, "trained/dense", "--teacher", "smollm2-135m", *options, "--alpha=0.5")
@@ -259,6 +282,24 @@ def test_eval_on_text_and_tasks(run_json: Callable[..., Any], run: Run) -> None:
         assert part in err
 
 
+def test_eval_with_the_native_engine(run_json: Callable[..., Any]) -> None:
+    what = ["--teacher", "smollm2-135m", "--text", HELD_OUT, "--window", 32, "--tokens", 64]
+    what += ["--tasks", "piqa", "--data-dir", "items", "--limit", 3]
+    native = ["--engine", "native", "--threads", 1, "--precision"]
+    exact, rough, torch = (
+        run_json("eval", DENSE, SPIKING, *what, *native, "fp32"),
+        run_json("eval", DENSE, *what, *native, "int4"),
+        run_json("eval", DENSE, *what),
+    )
+    assert list(exact["spikes"]) == [SPIKING]
+    kl = [found["held_out"][DENSE]["kl"]["value"] for found in (exact, torch, rough)]
+    assert kl[0] == pytest.approx(kl[1], rel=1e-3)
+    assert kl[2] != pytest.approx(kl[1], rel=1e-3)
+    assert [found["held_out"][DENSE]["precision"] for found in (exact, rough)] == ["native fp32", "native int4"]
+    answers = [found["tasks"][DENSE]["tasks"][0]["student"] for found in (exact, torch)]
+    assert answers[0] == answers[1]
+
+
 def test_eval_keeps_folders_of_one_name_apart(run_json: Callable[..., Any], workplace: Path) -> None:
     shutil.copytree(workplace / DENSE, workplace / "elsewhere" / "2-distill")
     text = ["--text", HELD_OUT, "--window", 32, "--tokens", 32]
@@ -305,6 +346,32 @@ def test_generate_is_repeatable(run_json: Callable[..., Any], run: Run) -> None:
     assert err.strip()
 
 
+def test_pack_writes_what_everything_reads(run_json: Callable[..., Any], run: Run, workplace: Path) -> None:
+    found = run_json("pack", SPIKING, "packed", "--precision", "int4", "--head", "int8")
+    assert found == {"folder": "packed", "bytes": sum(size for size, _ in files_of(workplace / "packed").values())}
+    assert json.loads(Path("packed/config.json").read_text())["compact"] == {"precision": "int4", "head": "int8"}
+    assert run_json("generate", "packed", "Why?", "--tokens", 3)["tokens"] == 3
+    assert run_json("spikes", "packed", HELD_OUT, "--tokens", 32)["totals"]["tokens"] == 32
+    native = run_json("generate", "packed", "Why?", "--tokens", 3, "--engine", "native", "--threads", 1)
+    assert native["spikes_per_mac"] >= native["nonzero_per_mac"] > 0
+    code, out, err = run("pack", "packed", "again")
+    assert (code, out) == (2, "")
+    assert "packed is compact already; give the folder that it was made from" in err
+
+
+def test_the_native_engine_says_what_torch_says(run_json: Callable[..., Any], run: Run) -> None:
+    """A dense student at temperature 0 in fp32, and what was counted in one line of stderr."""
+    arguments = ("generate", DENSE, "What is the answer?", "--tokens", 9, "--temperature", 0)
+    native = run_json(*arguments, "--engine", "native", "--precision", "fp32", "--threads", 1)
+    assert {key: native[key] for key in ("text", "tokens")} == run_json(*arguments)
+    assert native.keys() == {"text", "tokens", "tokens_per_s", "energy_uj"}
+    code, out, err = run("generate", SPIKING, "What is the answer?", "--engine", "native", "--threads", "1")
+    assert (code, out) == (0, "")
+    line = err.splitlines()[-1]
+    words = r"spikes per input, [\d.]+% of the inputs not zero, modelled energy [\d.e-]+ µJ per token \(45nm-fp32\)\]"
+    assert re.fullmatch(rf"\[[\d.e+]+ tokens/s, [\d.]+ {words}", line), line
+
+
 def test_chat_keeps_its_state_over_turns(
     run_json: Callable[..., Any], run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -324,6 +391,11 @@ def test_chat_keeps_its_state_over_turns(
     assert replies("What is the answer?") == both[:1]
     assert replies("And the question?") != both[1:]
 
+    say("What is the answer?", "And the question?")
+    code, out, err = run("chat", DENSE, "--tokens", "6", "--engine", "native", "--threads", "1")
+    assert (code, out) == (0, "")
+    assert err.count("modelled energy") == 2
+
 
 def test_info_names_versions_and_backends(run_json: Callable[..., Any], run: Run) -> None:
     found = run_json("info")
@@ -333,6 +405,8 @@ def test_info_names_versions_and_backends(run_json: Callable[..., Any], run: Run
     code, out, err = run("info")
     assert (code, out) == (0, "")
     assert "torch: 2" in err
+    assert found["native"]["name"] in err
+    assert "the best that this CPU runs" in err
 
 
 def test_what_libraries_print_is_kept_off_stdout(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -405,7 +479,7 @@ def damaged(source: Path, target: Path, name: str, change: Callable[[bytes], byt
     (target / name).write_bytes(change((target / name).read_bytes()))
 
 
-@pytest.mark.parametrize("verb", ["generate", "spikes", "eval", "energy", "train"])
+@pytest.mark.parametrize("verb", ["generate", "spikes", "eval", "energy", "train", "insert"])
 def test_a_truncated_model_is_refused_by_every_verb(run: Run, workplace: Path, tmp_path: Path, verb: str) -> None:
     damaged(workplace / SPIKING, tmp_path / "cut", "model.safetensors", lambda content: content[:-50])
     commands = {
@@ -414,6 +488,7 @@ def test_a_truncated_model_is_refused_by_every_verb(run: Run, workplace: Path, t
         "eval": ["--teacher", "smollm2-135m", "--text", HELD_OUT],
         "energy": ["--text", HELD_OUT],
         "train": [tmp_path / "new", "--teacher", DENSE, "--text", HELD_OUT],
+        "insert": [tmp_path / "new", "--text", HELD_OUT],
     }
     kind = ["spike"] if verb == "train" else []
     code, out, err = run(verb, *kind, tmp_path / "cut", *commands[verb])
@@ -435,6 +510,9 @@ def test_damaged_teachers_and_students_are_refused(
     assert "holds a 'gpt2' model" in refused(
         "train", "align", tmp_path / "config", "new", "--teacher", "x", "--text", "y"
     )
+    damaged(workplace / DENSE, tmp_path / "odd", "config.json", lambda content: content.replace(b'"silu"', b"3"))
+    for verb in (["energy"], ["insert", tmp_path / "new", "--text", HELD_OUT]):
+        assert "hidden_act is 3; use one of" in refused(verb[0], tmp_path / "odd", *verb[1:])
     shutil.copytree(tiny_llama_folder, tmp_path / "nan")
     weights = load_file(tmp_path / "nan" / "model.safetensors")
     weights["model.norm.weight"][3] = float("nan")

@@ -149,6 +149,10 @@ def test_a_teacher_in_16_bits_gives_a_student_in_32():
     assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
 
 
+def test_a_student_is_made_where_its_teacher_is():
+    assert {p.device.type for p in convert_llama(llama_model().to("meta")).parameters()} == {"meta"}
+
+
 def test_the_end_token_of_chat_models_is_kept(tiny_llama):
     tiny_llama.generation_config.eos_token_id = [2, 5]
     student = convert_llama(tiny_llama)

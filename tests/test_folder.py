@@ -143,7 +143,10 @@ NORM = "model.layers.1.mixer.out_proj.weight"
         (set_config(hidden_size=64), r"config\.json and weights of .* do not belong together \(see 'lm_head"),
         (set_config(num_hidden_layers=3), r"do not belong together \(see 'model\.layers\.2\."),
         (set_config(num_hidden_layers=1), r"do not belong together \(see 'model\.layers\.1\."),
-        (set_config(hidden_size="wide"), r"config\.json describes no MAR model \(.*\); restore it"),
+        (
+            set_config(hidden_size="wide"),
+            r"no MAR model \(hidden_size is 'wide'; .*\); restore it",
+        ),
         (set_config(input_gain="some"), r"config\.json describes no MAR model \(.*input_gain is 'some'"),
         (set_config(neurons={"in_proj": {"T": 4}}), r"describes no MAR model \(.*neurons\.in_proj has unknown keys"),
         (set_weight(NORM, lambda _: None), rf"do not belong together \(see '{NORM}'\)"),

@@ -119,6 +119,14 @@ def test_an_override_comes_after_a_row_s_own_changes() -> None:
     assert (recipe.name, recipe.stages["spike"].alpha, recipe.stages["spike"].beta) == ("mine", 0.0, 0.5)
 
 
+def test_names_may_be_dotted_in_a_file_too(tmp_path: Path) -> None:
+    head = "name: mine\nteacher: t\ndata.source: a.txt\nstages: {}\n"
+    recipe = read_text(tmp_path, head + "mixer.init: llamba")
+    assert (recipe.data.source, recipe.mixer.init) == ("a.txt", "llamba")
+    with pytest.raises(ValueError, match=r"there is no setting 'mixer\.itin'"):
+        read_text(tmp_path, head + "mixer.itin: {}")
+
+
 def test_overrides_change_single_settings() -> None:
     plain = read_shipped("quickstart")
     changes = [
@@ -165,7 +173,8 @@ def _plain(recipe: Recipe) -> dict[str, Any]:
         ("stages: {}\nneurons: {default: {T: 4}}", "T"),
         ("stages: {}\nneurons: {per_site: {down_proj: {T: 4}}}", r"neurons\.per_site\.down_proj has no setting 'T'"),
         ("stages: {}\nneurons: {per_site: {down: {time_steps: 4}}}", "'down'"),
-        ("stages: {}\nneurons: {per_site: {down_proj: {time_steps: many}}}", "many.*wrong type"),
+        ("stages: {}\nneurons: {per_site: {down_proj: {time_steps: many}}}", "time_steps is 'many'; .* an integer"),
+        ("stages: {}\nneurons: {per_site: {down_proj: {time_steps: 2.5}}}", r"time_steps is 2\.5; .* an integer"),
         ("stages: {}\nneurons: {sites: [in_proj, middle]}", "'middle'"),
         ("stages: {}\nneurons: {default: {kind: quaternary}}", "'quaternary'; use one of 'atmn'"),
         ("stages: {a: {kind: align, tokens: 5}}", "tokens"),
@@ -176,6 +185,16 @@ def _plain(recipe: Recipe) -> dict[str, Any]:
         ("stages: {a: {train: {tokens: 5}}}", "required: kind"),
         ("stages: {a: {kind: spike, features: wild}}", "'pre', 'post'.*wild"),
         ("stages: {a: {kind: distill, trained: some}}", "'mixers'.*some"),
+        ("stages: {a: {kind: align, trian: {}}}", r"there is no setting 'stages\.a\.trian'; correct its name, or"),
+        ("stages: {a: {kind: align, train: {tokns: {}}}}", r"there is no setting 'stages\.a\.train\.tokns'"),
+        ("stages: {}\nmixr: {}", "there is no setting 'mixr'"),
+        ("stages: {}\nmixer: {present: {}}", r"there is no setting 'mixer\.present'"),
+        ("stages: {}\nneurons: {default: {T: {}}}", r"there is no setting 'neurons\.default\.T'"),
+        ("stages: {}\nneurons: {per_site: {down_proj: {T: {}}}}", r"neurons\.per_site\.down_proj has no setting 'T'"),
+        (
+            "data: {source: x}\nstages: {}\nevaluation: {data: {source: x, lenght: {}}}",
+            r"there is no setting 'evaluation\.data\.lenght'",
+        ),
         ("stages: 3", "stages"),
         ("stages: {}\nmixer: {preset: slow}", r"mixer\.preset.*slow"),
         ("stages: {a: {kind: spike}, b: {kind: align}}", "dense stage after a spiking one; put align"),
@@ -190,7 +209,11 @@ def test_what_does_not_fit_is_named_in_one_sentence(tmp_path: Path, text: str, p
 
 
 @pytest.mark.parametrize(
-    "override", ["stages.algin.train.tokens=3", "data.sauce=3", "tokens=3", "stages.align.train=", "x"]
+    "override",
+    [
+        *("stages.algin.train.tokens=3", "data.sauce=3", "tokens=3", "stages.align.train=", "x"),
+        *("stages.align.trian={}", "--stages.align.train.x={}", "stages.align={kind: align, trian: {}}"),
+    ],
 )
 def test_overrides_of_nothing_are_refused(override: str) -> None:
     with pytest.raises(ValueError, match=r"^Recipe quickstart: ") as caught:

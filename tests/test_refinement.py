@@ -5,7 +5,8 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,12 @@ from mar.conversion import convert_llama
 from mar.data import PackedRows, read_meta
 from mar.folder import digest
 from mar.model import MarForCausalLM
-from mar.recipe import StageConfig, read_recipe, shipped_recipes
+from mar.recipe import Recipe, StageConfig, read_recipe, shipped_recipes
 from mar.refinement import Refined, build_objective, refine
 from mar.sources import DataConfig
 from mar.teachers import Teacher, load_teacher
 from mar.train import TrainingDiverged
+from tiny_models import rms_ratio
 from tiny_recipes import (
     LENGTH,
     TRAIN,
@@ -40,6 +42,7 @@ from tiny_recipes import (
     weights_of,
     write_sentences,
 )
+from tiny_training import command_as_one_of_several, in_two_processes
 
 KINDS = ("orient", "align", "distill", "spike_align", "spike")
 NAMES = ["0-convert", "1-orient", "2-align", "3-distill", "4-insert_neurons", "5-spike_align", "6-spike"]
@@ -338,6 +341,49 @@ def test_a_setting_without_use_is_refused_before_any_work(
     with pytest.raises(ValueError, match=problem):
         refine(recipe, tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
+
+
+def refined_by_two(recipe: Recipe, folder: Path) -> list[tuple[Any, str, bool]]:
+    """`mar refine` of a recipe in two processes: what it did in each."""
+    file = folder.with_suffix(".yaml")
+    file.write_text(json.dumps(asdict(recipe)))
+    return in_two_processes(command_as_one_of_several, "refine", str(file), str(folder), "--json")
+
+
+def test_two_processes_refine_like_one(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    # Of these stages' losses each is a mean over tokens, so two halves of a batch average to the whole.
+    kinds = ("distill", "spike")
+    plain = {"tokens": 6 * LENGTH, "precision": "fp32"}
+    (main, other) = refined_by_two(tiny_recipe(tiny_llama_folder, "teacher", kinds, **plain), tmp_path / "two")
+    assert (main[0], main[2], other) == (0, False, (0, "", False))
+    figures = json.loads(main[1])
+    assert list(figures["held_out"]) == ["dense", "spiking"]
+    assert (tmp_path / "two" / "report.html").is_file()
+
+    refine(tiny_recipe(tiny_llama_folder, "teacher", kinds, batch_size=2, **plain), tmp_path / "one", progress=False)
+    assert parts_of(tmp_path / "two") == parts_of(tmp_path / "one")
+    one, two = (steps_of(tmp_path / name) for name in ("one", "two"))
+    assert [step.name for step in two] == [step.name for step in one]
+    assert weights_of(two[0]) == weights_of(one[0])
+    for single, double in zip(one, two, strict=True):
+        assert provenance(double)["tokens"] == provenance(single)["tokens"]
+        weights = [load_file(step / "model.safetensors") for step in (double, single)]
+        # All at once: where a gradient is next to nothing, Adam takes the sign of its rounding for the whole step.
+        ours, theirs = (torch.cat([w.flatten() for _, w in sorted(named.items())]) for named in weights)
+        assert rms_ratio(ours, theirs) < 1e-3
+    for previous, step in pairwise(two):
+        assert provenance(step)["parent"]["sha256"] == digest(previous)
+    for kind, place in (("distill", 1), ("spike", 3)):
+        losses = [[line["loss"] for line in log_of(steps[place])] for steps in (one, two)]
+        assert len(losses[0]) == 3
+        assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+        assert figures["stages"][kind]["loss"] == pytest.approx(provenance(one[place])["metrics"]["loss"], rel=1e-3)
+
+
+def test_an_error_leaves_no_process_behind(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(tiny_llama_folder, tmp_path / "missing.jsonl")
+    recipe.evaluation.data = DataConfig(str(tmp_path / "missing.jsonl"))
+    assert refined_by_two(recipe, tmp_path / "run") == 2 * [(2, "", False)]
 
 
 def test_stages_of_one_kind_follow_each_other(tiny_llama_folder: Path, text: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from mar.layers import last_hidden, llama_layers, mar_layers
 from mar.losses import bidirectional_kl, forward_kl, relative_mse, reverse_kl
 from mar.model import MarForCausalLM
 from mar.objective import Objective
+from mar.optimizer import TrainConfig, build_optimizers
 from mar.spikes import SpikeMonitor
 from mar.stages import TRAINABLE, Align, Distill, Orient, Spike, SpikeAlign, layer_of, trained_groups
 from tiny_models import llama_model, mar_model, packed_rows
@@ -157,7 +158,7 @@ def test_groups_are_disjoint_and_named_apart(name):
         for key, parameter in group.parameters.items():
             if key.endswith(".a"):
                 assert (group.lr_scale, group.weight_decay, group.muon) == (5.0, 0.0, False), key
-            elif parameter.dim() == 1:
+            elif parameter.dim() == 1 or key.endswith("conv_weight"):
                 assert (group.lr_scale, group.weight_decay, group.muon) == (1.0, 0.0, False), key
             elif "embed_tokens" in key or "lm_head" in key:
                 assert (group.lr_scale, group.weight_decay, group.muon) == (1.0, None, False), key
@@ -191,6 +192,18 @@ def test_the_trained_sets():
     for key, expected in sets.items():
         assert {n for group in trained_groups(model, key) for n in group.parameters} == expected
         assert {n for n, p in model.named_parameters() if p.requires_grad} == expected
+
+
+def test_muon_and_decay_leave_the_taps_of_the_convolution_alone():
+    groups = trained_groups(mar_model(), "mixers")
+    optimizers = build_optimizers(groups, TrainConfig(optimizer="muon", weight_decay=0.1))
+    decays = {}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            decays |= {id(p): (type(optimizer).__name__, group["weight_decay"]) for p in group["params"]}
+    for name, parameter in ((n, p) for group in groups for n, p in group.parameters.items()):
+        expected = ("Muon", 0.1) if name.endswith("proj.weight") else ("AdamW", 0.0)
+        assert decays[id(parameter)] == expected, name
 
 
 def test_a_tied_head_is_one_embedding():

@@ -1,6 +1,5 @@
 import json
 import math
-import multiprocessing
 import signal
 import threading
 from collections.abc import Callable
@@ -10,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import mar.checkpoint
@@ -19,10 +17,12 @@ from mar.checkpoint import DiskFull, load_checkpoint
 from mar.objective import ParameterGroup
 from mar.train import TrainConfig, TrainingDiverged, train
 from tiny_training import (
+    FORKS,
     LENGTH,
     CountingRows,
     NextWord,
     Stopped,
+    in_two_processes,
     log_of,
     run,
     run_as_one_of_several,
@@ -33,9 +33,6 @@ from tiny_training import (
 
 Backward = Callable[[Tensor], None]
 STEPS = 12
-FORKS = multiprocessing.get_context("forkserver")
-# Imported once, these serve every fork; the optimizers import torch._dynamo at first use.
-FORKS.set_forkserver_preload(["mar.train", "torch._dynamo"])
 
 
 def parameters_in(folder: Path) -> dict[str, bytes]:
@@ -212,11 +209,7 @@ def test_training_in_a_thread(tmp_path: Path, whole: Path) -> None:
 
 
 def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
-    # What `torchrun --standalone --nproc-per-node 2` does, but forked from a process that has imported torch already.
-    launch = LaunchConfig(
-        1, 1, nproc_per_node=2, rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="forkserver"
-    )
-    elastic_launch(launch, run_as_one_of_several)(tmp_path / "two")
+    in_two_processes(run_as_one_of_several, tmp_path / "two")
     run(tmp_path / "one", NextWord(noise=False), batch_size=4, accumulation=1)
     one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
     assert [line["tokens"] for line in two] == [line["tokens"] for line in one]

@@ -1,5 +1,9 @@
 import inspect
 import json
+import os
+import subprocess
+import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,7 @@ import mar
 from mar import verbs
 from mar.census import census
 from mar.cli import VERBS
-from mar.config import NeuronConfig, site_neurons
+from mar.config import SITES, NeuronConfig, site_neurons
 from mar.conversion import LLAMBA_LAYER_NAMES, LLAMBA_NAMES, convert_llama, insert_neurons
 from mar.costs import cost
 from mar.data import PackedRows
@@ -66,13 +70,92 @@ def test_results_are_json(folders: Folders, tmp_path: Path) -> None:
     for result in (
         verbs.convert(str(folders["teacher"]), tmp_path / "dense"),
         train(folders, tmp_path / "trained"),
+        verbs.insert(folders["dense"], tmp_path / "spiking", text=text, tokens=64),
         verbs.evaluate([spiking], teacher=str(folders["teacher"]), text=text, tokens=64, window=32),
         verbs.energy([str(spiking)], text=text, tokens=64),
         verbs.spikes(spiking, text, tokens=64),
         verbs.generate(str(spiking), "Why?", tokens=3),
+        verbs.generate(str(spiking), "Why?", tokens=3, engine="native", threads=1),
+        verbs.pack(spiking, tmp_path / "compact", precision="int4"),
         verbs.info(),
     ):
         assert json.loads(json.dumps(result, allow_nan=False)) == result
+
+
+def test_insert_does_what_the_recipe_s_settings_do(folders: Folders, teacher: Teacher, tmp_path: Path) -> None:
+    text = str(folders["text"])
+    before = files_of(folders["dense"])
+    found = verbs.insert(
+        folders["dense"],
+        tmp_path / "spiking",
+        text=text,
+        tokens=700,
+        time_steps=3,
+        precharge=True,
+        sites=["down_proj", "in_proj"],
+        per_site=["down_proj.time_steps=16", "down_proj.precharge=no", "in_proj.tau=2.0"],
+    )
+    placed = site_neurons(
+        NeuronConfig(time_steps=3, precharge=True),
+        {"down_proj": {"time_steps": 16, "precharge": False}, "in_proj": {"tau": 2.0}},
+        ("down_proj", "in_proj"),
+    )
+    rows = PackedRows(DataConfig(text), teacher.tokenizer)
+    expected = insert_neurons(load_student(folders["dense"]), placed, rows.batches(1), tokens=700)
+    spiking = load_student(tmp_path / "spiking")
+    assert spiking.config.neurons == placed
+    assert all(tensor.equal(expected.state_dict()[name]) for name, tensor in spiking.state_dict().items())
+    assert found == {"folder": str(tmp_path / "spiking"), "neurons": 2 * (64 + 32)}
+    assert files_of(folders["dense"]) == before
+
+    kept = provenance(tmp_path / "spiking")
+    assert kept["parent"] == {"kind": "folder", "name": str(folders["dense"]), "sha256": digest(folders["dense"])}
+    assert (kept["step"], kept["teacher"], kept["tokens"]) == ("insert_neurons", teacher.source, 0)
+    assert kept["settings"]["per_site"]["down_proj"] == {"time_steps": 16, "precharge": False}
+    assert (kept["settings"]["text"], kept["settings"]["tokens"]) == (text, 700)
+    train(folders | {"spiking": tmp_path / "spiking"}, tmp_path / "trained", "spike", teacher=folders["dense"])
+
+
+def test_insert_has_the_settings_and_defaults_of_neurons() -> None:
+    offered = inspect.signature(verbs.insert).parameters
+    for field in fields(NeuronConfig):
+        assert offered[field.name].default == field.default
+
+
+def test_a_published_llamba_becomes_spiking(
+    folders: Folders, tiny_tokenizer: PreTrainedTokenizerFast, teacher: Teacher, tmp_path: Path
+) -> None:
+    write_llamba(tmp_path / "llamba", tiny_tokenizer, teacher)
+    verbs.convert(str(tmp_path / "llamba"), tmp_path / "dense")
+    (tmp_path / "dense" / "provenance.json").unlink()
+    verbs.insert(tmp_path / "dense", tmp_path / "spiking", text=str(folders["text"]), tokens=100)
+    assert [site for _, site, _ in load_student(tmp_path / "spiking").neuron_sites()] == 2 * list(SITES)
+    assert provenance(tmp_path / "spiking")["teacher"]["name"] == str(tmp_path / "dense")
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "problem"),
+    [
+        ("spiking", {}, r"spiking already has neurons; give the dense folder that it was made from"),
+        ("dense", {"text": "missing.txt"}, r"there is no 'missing\.txt'; give a file"),
+        ("dense", {"per_site": ["attention.tau=2"]}, r"site is 'attention'; use one of 'in_proj'"),
+        ("dense", {"sites": ["in_proj"], "per_site": ["out_proj.tau=2"]}, r"'out_proj', which is not among the placed"),
+        ("dense", {"per_site": ["in_proj.T=2"]}, r"per_site\.in_proj has no setting 'T'; use one of kind, time_steps"),
+        ("dense", {"per_site": ["in_proj=2"]}, r"'in_proj=2' is no change at a site; write one like down_proj\.time"),
+        ("dense", {"per_site": ["in_proj.time_steps=0"]}, r"time_steps is 0"),
+        ("dense", {"kind": "ternary", "tau": 2.0}, r"the ternary neuron has a fixed leak"),
+        ("dense", {"surrogate": "step"}, r"surrogate is 'step'; use one of 'ste'"),
+        ("teacher", {}, r"holds a 'llama' model, not a MAR one; convert it first"),
+    ],
+)
+def test_what_cannot_become_spiking(
+    folders: Folders, tmp_path: Path, model: str, changes: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=problem):
+        verbs.insert(folders[model], tmp_path / "new", **({"text": str(folders["text"])} | changes))
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(ValueError, match=r"already holds a model; give another folder, or remove it first"):
+        verbs.insert(folders["dense"], folders["spiking"], text=str(folders["text"]))
 
 
 def test_convert_calibrates_on_text(folders: Folders, teacher: Teacher, tmp_path: Path) -> None:
@@ -186,6 +269,28 @@ def test_eval_of_the_dense_start(folders: Folders, teacher: Teacher) -> None:
     assert found["parameters"]["teacher"] == teacher.model.num_parameters()
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_eval_runs_in_the_precision_asked_for(folders: Folders, tmp_path: Path, precision: Any) -> None:
+    items = [{"goal": "Open a jar.", "sol1": f"Twist it {n} times.", "sol2": "Sit.", "label": n % 2} for n in range(2)]
+    (tmp_path / "piqa.jsonl").write_text("\n".join(map(json.dumps, items)))
+    seen = set()
+    hook = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, _, output: seen.add(output.dtype) if isinstance(module, torch.nn.Linear) else None
+    )
+    text: dict[str, Any] = {"text": str(folders["text"]), "tokens": 64, "window": 32}
+    wanted = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    try:
+        for what in (text, {"tasks": ["piqa"], "data_dir": tmp_path}):
+            seen.clear()
+            found = verbs.evaluate([folders["dense"]], teacher=str(folders["teacher"]), precision=precision, **what)
+            assert wanted in seen
+            assert precision == "bf16" or seen == {wanted}
+            for figure in found.get("held_out", {}).values():
+                assert figure["precision"] == precision
+    finally:
+        hook.remove()
+
+
 def test_generate_ends_where_the_model_does(folders: Folders, capfd: pytest.CaptureFixture[str]) -> None:
     found = verbs.generate(str(folders["dense"]), "Why?", tokens=5, temperature=0.0)
     assert found["tokens"] <= 5
@@ -197,3 +302,25 @@ def test_info_counts_what_torch_uses() -> None:
     assert found["threads"] == torch.get_num_threads()
     assert found["versions"]["mar"] == mar.__version__
     assert all(reason for reason in found["backends"].values())
+
+
+def test_info_names_the_native_variant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And where MAR_ISA forced it, which is read when the core is loaded; without a core it says why there is none."""
+    code = "import json; from mar import verbs; print(json.dumps(verbs.info()['native']))"
+    environment = {**os.environ, "MAR_ISA": "generic"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    found = json.loads(done.stdout)
+    assert found["name"] == "generic"
+    assert "forced by MAR_ISA" in found["reason"]
+    monkeypatch.setattr("mar.kernels.native.core", None)
+    monkeypatch.setattr("mar.kernels.native.REASON", "there is none")
+    assert verbs.info()["native"] == {"name": None, "reason": "there is none", "features": ""}
+
+
+def test_threads_are_those_asked_for(folders: Folders) -> None:
+    before = torch.get_num_threads()
+    try:
+        verbs.generate(str(folders["dense"]), "Why?", tokens=1, threads=2)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

@@ -1,19 +1,28 @@
-"""A real but tiny stage for the tests of the training loop."""
+"""A real but tiny stage for the tests of the training loop, and processes to run it in."""
 
+import io
 import json
+import multiprocessing
 import os
 import random
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from mar.cli import main
 from mar.objective import ParameterGroup
 from mar.train import TrainConfig, train
+
+FORKS = multiprocessing.get_context("forkserver")
+# Imported once, these serve every fork; the optimizers import torch._dynamo at first use.
+FORKS.set_forkserver_preload(["mar.quickstart", "torch._dynamo"])
 
 LENGTH = 8
 WORDS = 16
@@ -135,3 +144,26 @@ def run_as_one_of_several(folder: Path) -> None:
     except Stopped:
         run(folder, NextWord(noise=False), accumulation=1)
     torch.distributed.destroy_process_group()
+
+
+def in_two_processes(function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What `function` returns in each: `torchrun --standalone --nproc-per-node 2`, but forked after the imports."""
+    launch = LaunchConfig(
+        1, 1, nproc_per_node=2, rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="forkserver"
+    )
+    done = elastic_launch(launch, function)(*arguments)
+    return [done[rank] for rank in sorted(done)]
+
+
+def command_as_one_of_several(*arguments: str) -> tuple[Any, str, bool]:
+    """Exit code and stdout of a command line, and whether it left the process group standing."""
+    # One thread, as the tests have: sums over several round otherwise, and then the teacher writes another text.
+    os.environ["OMP_NUM_THREADS"] = "1"  # else accelerate chooses
+    torch.set_num_threads(1)
+    out = io.StringIO()
+    try:
+        with redirect_stdout(out):
+            main(list(arguments))
+    except SystemExit as end:
+        return end.code, out.getvalue(), torch.distributed.is_initialized()
+    return None, out.getvalue(), torch.distributed.is_initialized()

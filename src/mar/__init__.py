@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mar.conversion import convert_llama as convert  # noqa: F401
     from mar.costs import energy as energy
+    from mar.engine import Engine as Engine
     from mar.folder import load as load
     from mar.generate import stream as stream
     from mar.recipe import read_recipe as read_recipe
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Engine": "engine.Engine",
     "SpikeMonitor": "spikes.SpikeMonitor",
     "convert": "conversion.convert_llama",
     "energy": "costs.energy",

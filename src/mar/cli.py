@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -20,8 +21,10 @@ from mar import verbs
 
 VERBS: dict[str, Callable[..., verbs.Result]] = {
     "convert": verbs.convert,
+    "insert": verbs.insert,
     "refine": verbs.refine,
     "train": verbs.train,
+    "pack": verbs.pack,
     "eval": verbs.evaluate,
     "energy": verbs.energy,
     "spikes": verbs.spikes,
@@ -101,6 +104,8 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         _say(f"mar: {' '.join(str(error).split())}")
         sys.exit(2)
+    finally:
+        _leave_group()
 
 
 def _run(arguments: list[str]) -> int:
@@ -112,6 +117,8 @@ def _run(arguments: list[str]) -> int:
     # Libraries print where they like; stdout is for the result alone.
     with redirect_stdout(sys.stderr):
         result = _call(VERBS[verb], options)
+    if os.environ.get("RANK", "0") != "0":
+        return 0  # of the processes that torchrun started one speaks for all
     if as_json:
         print(json.dumps(result, default=str))
     elif options.get("print_config"):
@@ -119,6 +126,13 @@ def _run(arguments: list[str]) -> int:
     elif verb not in SPEAKING:
         _show(verb, result)
     return 0
+
+
+def _leave_group() -> None:
+    """End the process group that a verb may have joined; looked up, for verbs without torch must not import it."""
+    distributed = sys.modules.get("torch.distributed")
+    if getattr(distributed, "is_initialized", bool)():
+        distributed.destroy_process_group()  # type: ignore[union-attr]
 
 
 def _call(function: Callable[..., verbs.Result], options: dict[str, Any]) -> verbs.Result:

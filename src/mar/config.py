@@ -7,10 +7,10 @@ model. Does not: build modules or read checkpoints.
 from __future__ import annotations
 
 import importlib
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, no_type_check
 
-from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
 Site = Literal["in_proj", "out_proj", "gate_up", "down_proj"]
@@ -49,10 +49,11 @@ class NeuronConfig:
         _one_of("neuron kind", self.kind, NEURON_KINDS)
         _one_of("threshold", self.threshold, ("channel", "scalar"))
         _one_of("merge", self.merge, ("weighted", "sum"))
-        if not 1 <= self.time_steps <= 127:
-            raise ValueError(f"time_steps is {self.time_steps}; a code must fit 8 bits, so use 1 to 127.")
-        if not self.tau > 0:
-            raise ValueError(f"tau is {self.tau}; it divides the membrane potential, so use a number above 0.")
+        if not _is_integer(self.time_steps) or not 1 <= self.time_steps <= 127:
+            raise ValueError(f"time_steps is {self.time_steps!r}; a code has 8 bits, so use an integer from 1 to 127.")
+        if not _is_number(self.tau) or not 0 < self.tau < math.inf:
+            raise ValueError(f"tau is {self.tau!r}; it divides the membrane potential, so use a number above 0.")
+        _one_of("precharge", self.precharge, (True, False))
 
 
 def site_neurons(
@@ -68,14 +69,23 @@ def site_neurons(
     return {site: asdict(replace(default, **changes.get(site, {}))) for site in sites}
 
 
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _one_of(what: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    if value not in allowed:
+    # By type too, because 1 equals True.
+    if not any(value == one and type(value) is type(one) for one in allowed):
         raise ValueError(f"{what} is {value!r}; use one of {', '.join(map(repr, allowed))}.")
 
 
-# Runtime shape checkers would wrap the generated __init__ and lose the fields that transformers passes on.
+# Runtime shape checkers would wrap the generated __init__ and lose the fields that transformers passes on. Values are
+# checked here and not by huggingface_hub's `strict`, whose errors are no ValueErrors and name no remedy.
 @no_type_check
-@strict
 class MarConfig(PreTrainedConfig):
     """A LLaMA-shaped decoder whose attention is a Discrete Mamba-2 mixer, with optional neurons before its linears.
 
@@ -85,6 +95,7 @@ class MarConfig(PreTrainedConfig):
     bc_norm: `none` (as published) or `l2` (B and C of unit length per head, C then times sqrt(N)).
     decay_bias: whether the decay logits have a trainable bias per head (off as published).
     neurons: None for a dense model, else a mapping from site to the fields of `NeuronConfig` (see `site_neurons`).
+    compact: how a compact folder holds its weights (see `mar.compact`); None for any other, and in a model once loaded.
     """
 
     model_type = "mar"
@@ -103,6 +114,7 @@ class MarConfig(PreTrainedConfig):
     bc_norm: str = "l2"
     decay_bias: bool = True
     neurons: dict[str, Any] | None = None
+    compact: dict[str, Any] | None = None
     hidden_act: str = "silu"
     max_position_embeddings: int = 2048
     initializer_range: float = 0.02
@@ -115,6 +127,7 @@ class MarConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 2
 
     def __post_init__(self, **kwargs: Any) -> None:
+        self.validate_architecture()
         super().__post_init__(**kwargs)
         # The Auto classes find a model by its config's class: registering the models no later than the first config
         # is made lets `import mar` stay free of torch. By name, because the model lies above its config.
@@ -124,17 +137,41 @@ class MarConfig(PreTrainedConfig):
         """Refuse shapes and choices that make no model, with a ValueError naming field, value and remedy."""
         _one_of("input_gain", self.input_gain, ("none", "one_minus_decay"))
         _one_of("bc_norm", self.bc_norm, ("none", "l2"))
+        _one_of("hidden_act", self.hidden_act, tuple(importlib.import_module("transformers.activations").ACT2FN))
+        for name in ("decay_bias", "use_cache", "mlp_bias", "tie_word_embeddings"):
+            _one_of(name, getattr(self, name), (True, False))
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_heads", "head_dim")
-        for name in (*sizes, "state_size", "conv_kernel", "chunk_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        if self.neurons is not None:
-            known = {field.name for field in fields(NeuronConfig)}
-            for site, settings in self.neurons.items():
-                _one_of("site", site, SITES)
-                if unknown := set(settings) - known:
-                    raise ValueError(f"neurons.{site} has unknown keys {sorted(unknown)}; known are {sorted(known)}.")
+        for name in (*sizes, "state_size", "conv_kernel", "chunk_size", "max_position_embeddings"):
+            value = getattr(self, name)
+            if not _is_integer(value) or value < 1:
+                raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1.")
+        for name in ("initializer_range", "rms_norm_eps"):
+            value = getattr(self, name)
+            if not _is_number(value) or not 0 <= value < math.inf:
+                raise ValueError(f"{name} is {value!r}; it must be a number from 0 up.")
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            value = getattr(self, name)
+            several = value if isinstance(value, list) and name == "eos_token_id" else [value]
+            if value is not None and not all(map(_is_integer, several)):
+                raise ValueError(f"{name} is {value!r}; it must be a token's integer id, or None where there is none.")
+        self._validate_neurons()
+
+    def _validate_neurons(self) -> None:
+        if self.neurons is None:
+            return
+        if not isinstance(self.neurons, dict):
+            raise ValueError(f"neurons is {self.neurons!r}; use None, or what `mar.config.site_neurons` gives.")
+        known = {field.name for field in fields(NeuronConfig)}
+        for site, settings in self.neurons.items():
+            _one_of("site", site, SITES)
+            if not isinstance(settings, dict):
+                raise ValueError(f"neurons.{site} is {settings!r}; use a mapping of the fields {sorted(known)}.")
+            if unknown := set(settings) - known:
+                raise ValueError(f"neurons.{site} has unknown keys {sorted(unknown)}; known are {sorted(known)}.")
+            try:
                 NeuronConfig(**settings)
+            except ValueError as error:
+                raise ValueError(f"neurons.{site}: {error}") from error
 
     @property
     def inner_size(self) -> int:

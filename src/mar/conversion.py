@@ -69,7 +69,7 @@ def convert_llama(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        student = MarForCausalLM(config)
+        student = MarForCausalLM(config).to(teacher.device)  # type: ignore[arg-type]
     weights = {name: tensor.float() for name, tensor in teacher.state_dict().items()}
     own = {name for name in student.state_dict() if ".mixer." not in name}
     student.load_state_dict({name: weights[name] for name in own}, strict=False)
@@ -137,6 +137,7 @@ def calibrate_mixers(student: MarForCausalLM, teacher: PreTrainedModel, batch: d
     config = student.config
     if not config.decay_bias:
         raise ValueError("calibrate_mixers sets decay biases, which this mixer has not; convert with decay_bias=True.")
+    batch = {name: tensor.to(student.device) for name, tensor in batch.items()}
     ids = batch.get("document_ids")
     rates = torch.tensor(RATES, device=student.device)
     for layer, trace in zip(student.model.layers, llama_layers(teacher, batch), strict=True):
@@ -290,7 +291,7 @@ def insert_neurons(
     if dense.config.neurons is not None:
         raise ValueError("The model already has neurons; insert them into its dense stage-1 folder instead.")
     config = MarConfig(**{**dense.config.to_dict(), "neurons": neurons})
-    spiking = MarForCausalLM(config)
+    spiking = MarForCausalLM(config).to(dense.device)  # type: ignore[arg-type]
     spiking.load_state_dict(dense.state_dict(), strict=False)
     samples = _site_inputs(dense, spiking, batches, tokens)
     for layer, site, neuron in spiking.neuron_sites():
@@ -317,7 +318,8 @@ def _site_inputs(
         handles.append(place.register_forward_pre_hook(_keep(kept)))
     seen = 0
     try:
-        for batch in batches:
+        for rows in batches:
+            batch = {name: tensor.to(dense.device) for name, tensor in rows.items()}
             dense.model(input_ids=batch["input_ids"], document_ids=batch.get("document_ids"), use_cache=False)
             seen += batch["input_ids"].numel()
             if seen >= tokens:

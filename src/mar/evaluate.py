@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mar.adapter import EngineModel
 from mar.layers import last_hidden
 from mar.losses import IGNORE_LABEL, compare_hidden
 from mar.tasks import PAPER_METRICS, TaskResults, autocast_dtype, evaluation_mode, generator, run_tasks
@@ -105,8 +106,9 @@ def held_out(
 
     tokens: a token stream, cut into windows (a remainder shorter than `window` is left out), or rows that are windows
     already. document_ids: of packed rows; every model starts afresh with each document. precision: `fp32` runs the
-    weights as they are, `bf16` under autocast. text, against: names of the text and of the teacher, for the record.
-    progress: called with windows done and windows in all. Logits exist only in chunks of `mar.losses.compare_hidden`.
+    weights as they are, `bf16` under autocast; an engine has its own. text, against: names of the text and of the
+    teacher, for the record. progress: called with windows done and windows in all. Logits exist only in chunks of
+    `mar.losses.compare_hidden`.
 
     Raises ValueError for too few tokens, document_ids of another shape, ids outside the vocabulary, models of different
     vocabularies, and a model whose output is not finite.
@@ -125,7 +127,7 @@ def held_out(
             target = inputs.pop("labels").reshape(-1)
             expected = _hidden_and_head(teacher, inputs)
             for name, student in students.items():
-                measured = compare_hidden(*_hidden_and_head(student, inputs), *expected, target)
+                measured = _measured(student, inputs, *expected, target)
                 columns = torch.stack([measured[key].double() * measured["valid"] for key in _COLUMNS], dim=-1)
                 values[name][start:stop] = columns.view(stop - start, -1, len(_COLUMNS)).mean(1).cpu().numpy()
             if progress is not None:
@@ -141,7 +143,7 @@ def held_out(
             window=rows.shape[1],
             windows=len(rows),
             tokens=int((labels != IGNORE_LABEL).sum()),
-            precision=precision,
+            precision=student.precision if isinstance(student := students[name], EngineModel) else precision,
             **_held_out_figures(per_window, generator(seed, text), resamples),
         )
     return results
@@ -186,6 +188,20 @@ def _check_vocabulary(
 def _autocast(device: torch.device, precision: str) -> torch.autocast:
     dtype = autocast_dtype(precision)
     return torch.autocast(device.type, dtype=getattr(torch, dtype) if dtype else None, enabled=dtype is not None)
+
+
+def _measured(
+    student: PreTrainedModel, inputs: dict[str, Tensor], hidden: Tensor, head: Tensor, labels: Tensor
+) -> dict[str, Tensor]:
+    """`compare_hidden` with the teacher's hidden states and head."""
+    if not isinstance(student, EngineModel):
+        return compare_hidden(*_hidden_and_head(student, inputs), hidden, head, labels)
+    parts, start = [], 0
+    for logits in student.logit_blocks(inputs["input_ids"], inputs["document_ids"]):
+        part = slice(start, start + len(logits))
+        parts.append(compare_hidden(logits.to(hidden.device), None, hidden[part], head, labels[part]))
+        start = part.stop
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
 
 def _hidden_and_head(model: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

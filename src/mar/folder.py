@@ -7,39 +7,76 @@ from __future__ import annotations
 
 import hashlib
 import json
+from copy import deepcopy
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from mar.checkpoint import explain_disk_full, write_json_atomically
+from mar.compact import DamagedWeights, compress
 from mar.model import MarForCausalLM
-from mar.teachers import PICKLES, _quiet, load_teacher
+from mar.quiet import quiet
+from mar.teachers import PICKLES, load_teacher
 
 GIVE_A_FOLDER = "give a folder that `mar refine`, `mar train` or `mar convert` wrote"
 
 
 def save_student(
-    student: MarForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path, provenance: dict[str, Any]
+    student: MarForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    provenance: dict[str, Any],
+    compact: dict[str, str] | None = None,
 ) -> None:
     """Write a plain Hugging Face folder, provenance.json last: a folder that has it is whole.
 
-    provenance: JSON values, among them `step`, `teacher` and `tokens`; date and package versions are added.
+    provenance: JSON values, among them `step`, `teacher` and `tokens`; date and package versions are added. compact:
+    `precision` and `head` of a compact folder (see mar.compact), in fewer bytes throughout; ValueError if unknown.
     """
+    tensors = None
+    if compact is not None:
+        weights = {name: tensor.detach().float().cpu().numpy() for name, tensor in student.named_parameters()}
+        tensors = compress(student.config.to_dict(), weights, **compact)
     made = {
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "packages": {name: version(name) for name in ("mar", "torch", "transformers", "accelerate")},
     }
-    with explain_disk_full(folder), _quiet():
+    with explain_disk_full(folder), quiet():
         folder.mkdir(parents=True, exist_ok=True)
-        student.save_pretrained(folder)
+        if tensors is None:
+            student.save_pretrained(folder)
+        else:
+            named = {name: _tensor(array) for name, array in tensors.items()}
+            save_file(named, folder / "model.safetensors", {"format": "pt"})
+            config = deepcopy(student.config)
+            config.compact = compact
+            config.save_pretrained(folder)
+            student.generation_config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        (folder / "README.md").write_text(model_card(student, provenance))
+        if compact is not None:
+            _minify(folder / "tokenizer.json")
+        (folder / "README.md").write_text(model_card(student, provenance, compact))
         write_json_atomically(folder / "provenance.json", {**provenance, **made})
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    """What mar.compact gives, where uint16 stands for bf16, for safetensors."""
+    if array.dtype == np.uint16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def _minify(file: Path) -> None:
+    """Write JSON without white space: the tokenizer's is more space than words."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(content, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
 
 
 def load_student(folder: str | Path) -> MarForCausalLM:
@@ -59,7 +96,7 @@ def load_student(folder: str | Path) -> MarForCausalLM:
             )
         raise FileNotFoundError(f"{folder} holds no {weights.name}; {GIVE_A_FOLDER}.")
     try:
-        with _quiet():
+        with quiet():
             # Wrong sizes come back in `info`, which names the tensor.
             loaded: Any = MarForCausalLM.from_pretrained(
                 folder,
@@ -69,7 +106,7 @@ def load_student(folder: str | Path) -> MarForCausalLM:
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-    except SafetensorError as error:
+    except (SafetensorError, DamagedWeights) as error:
         raise ValueError(f"{weights} is truncated or damaged ({error}); restore it or refine again.") from error
     except Exception as error:  # a config shows what is wrong with it as errors of several libraries
         problem = " ".join(str(error).split()).rstrip(".")
@@ -89,10 +126,11 @@ def load_student(folder: str | Path) -> MarForCausalLM:
 
 def model_type(folder: str | Path) -> str | None:
     """The architecture that config.json names. Raises FileNotFoundError or ValueError where it cannot be read."""
-    return _read_config(folder).get("model_type")
+    return read_config(folder).get("model_type")
 
 
-def _read_config(folder: str | Path) -> dict[str, Any]:
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """config.json as it stands. Raises FileNotFoundError or ValueError where it cannot be read."""
     file = Path(folder) / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{folder} holds no {file.name}; {GIVE_A_FOLDER}.")
@@ -111,7 +149,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     except Exception as error:  # as with a config
         problem = " ".join(str(error).split()).rstrip(".")
         raise ValueError(f"The tokenizer in {folder} cannot be read ({problem}); copy the teacher's there.") from error
-    size, last = _read_config(folder).get("vocab_size", 0), max(tokenizer.get_vocab().values(), default=-1)
+    size, last = read_config(folder).get("vocab_size", 0), max(tokenizer.get_vocab().values(), default=-1)
     if last >= size:
         raise ValueError(
             f"The tokenizer in {folder} has ids up to {last}, but the model's vocabulary has {size} entries; copy the "
@@ -130,10 +168,13 @@ def digest(folder: Path) -> str:
     return sha.hexdigest()
 
 
-def model_card(student: MarForCausalLM, provenance: dict[str, Any]) -> str:
+def model_card(student: MarForCausalLM, provenance: dict[str, Any], compact: dict[str, str] | None = None) -> str:
     """A short README for the folder: what it is, where it comes from, how to load it."""
     source = provenance["teacher"]
     kind = "dense" if student.config.neurons is None else "spiking"
+    stored = ""
+    if compact is not None:
+        stored = f"\n\nLinears are stored in {compact['precision']}, embedding and head in {compact['head']}."
     return f"""---
 library_name: transformers
 tags: [mar, state-space-model, {kind}]
@@ -145,7 +186,7 @@ license: {source.get("license", "other").lower()}
 
 Made from {source.get("name")} ({source.get("note", source.get("kind"))}) by the step `{provenance["step"]}` of a MAR
 recipe, after {provenance["tokens"]:,} training tokens in this step. `provenance.json` holds the recipe, the parent's
-digest, package versions and final metrics.
+digest, package versions and final metrics.{stored}
 
 ```python
 import mar

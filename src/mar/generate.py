@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, LlamaForCausalLM, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from mar.adapter import EngineCache, EngineModel
 from mar.kernels.paged import Pages, Prompt, read_prompt
 from mar.model import MarCache, MarForCausalLM
 
@@ -115,7 +116,11 @@ class TokenStream:
     def __init__(self, model: PreTrainedModel, seed: int | None = None):
         self.model = model
         config: Any = model.config
-        self.cache: Cache = MarCache(config) if isinstance(model, MarForCausalLM) else DynamicCache(config=config)
+        self.cache: Cache | EngineCache
+        if isinstance(model, EngineModel):
+            self.cache = model.new_cache()
+        else:
+            self.cache = MarCache(config) if isinstance(model, MarForCausalLM) else DynamicCache(config=config)
         self.generator = torch.Generator()
         if seed is None:
             self.generator.seed()

@@ -96,7 +96,7 @@ def chunked_bidirectional_kl(
 @torch.no_grad()
 def compare_hidden(
     student_hidden: Float[Tensor, "n d"],
-    student_head: Float[Tensor, "v d"],
+    student_head: Float[Tensor, "v d"] | None,
     teacher_hidden: Float[Tensor, "n e"],
     teacher_head: Float[Tensor, "w e"],
     labels: Int[Tensor, "n"],
@@ -106,8 +106,8 @@ def compare_hidden(
 
     kl, reverse_kl: KL(teacher || student) and the other direction, in nats. agree: 1 where the student's best word is
     the teacher's. student_nll, teacher_nll: -log probability of the label, in nats. valid: bool, whether there is a
-    label; where it is -100 both nll are 0. labels are the next tokens, already shifted. Raises ValueError if the
-    vocabularies differ.
+    label; where it is -100 both nll are 0. labels are the next tokens, already shifted. A student_head of None says
+    that student_hidden are logits. Raises ValueError if the vocabularies differ.
     """
     pair = _Pair(student_hidden, student_head, teacher_hidden, teacher_head, chunk)
     valid = labels != IGNORE_LABEL
@@ -235,6 +235,16 @@ class _Head:
         torch.mm(hidden, self.rows.t(), out=out)
 
 
+class _NoHead(_Head):
+    """In the place of a head where logits are given."""
+
+    def __init__(self, logits: Tensor):
+        self.dtype = logits.dtype
+
+    def logits(self, hidden: Tensor, out: Tensor) -> None:
+        out.copy_(hidden)
+
+
 class _Pair:
     """Student and teacher logits of one chunk of tokens at a time, in buffers made once.
 
@@ -242,14 +252,23 @@ class _Pair:
     """
 
     def __init__(
-        self, student_hidden: Tensor, student_head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor, chunk: int
+        self,
+        student_hidden: Tensor,
+        student_head: Tensor | None,
+        teacher_hidden: Tensor,
+        teacher_head: Tensor,
+        chunk: int,
     ):
-        _same_vocabulary(student_head.shape[0], teacher_head.shape[0])
+        vocab = student_hidden.shape[1] if student_head is None else student_head.shape[0]
+        _same_vocabulary(vocab, teacher_head.shape[0])
         if chunk < 1:
             raise ValueError(f"chunk is {chunk}; it counts the tokens of one pass, so use at least 1.")
-        device, vocab = student_hidden.device, student_head.shape[0]
+        device = student_hidden.device
         self.hidden = student_hidden, teacher_hidden
-        self.student = _Head(student_head, _product_dtype(student_hidden))
+        if student_head is None:
+            self.student = _NoHead(student_hidden)
+        else:
+            self.student = _Head(student_head, _product_dtype(student_hidden))
         self.teacher = _Head(teacher_head, _product_dtype(teacher_hidden))
         self.chunk = min(chunk, max(len(student_hidden), 1))
         self.work = _work_dtype(student_hidden)

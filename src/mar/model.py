@@ -7,8 +7,11 @@ checkpoints (mar.conversion) or compute distillation losses (mar.losses).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import cast
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Self, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -16,17 +19,24 @@ from transformers import (
     AutoModelForCausalLM,
     Cache,
     DynamicCache,
+    GenerationConfig,
     GenerationMixin,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.hub import cached_file
 
+from mar.compact import expand
 from mar.config import SITES, MarConfig, Site
 from mar.mixer import DiscreteMamba2, MixerState
 from mar.neurons import Neuron, build_neuron
+
+WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+"""Arguments of from_pretrained that say where a model's files are."""
 
 OPEN_GATE = 1.278464542761
 """silu(1.278464542761) = 1: with zero gate rows this bias lets the mixer's output through unchanged (Llamba)."""
@@ -84,6 +94,30 @@ class MarPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["MarDecoderLayer"]
     _is_stateful = True
+
+    def __init__(self, config: MarConfig, *inputs: Any, **kwargs: Any):
+        super().__init__(config, *inputs, **kwargs)
+        config.compact = None  # that is about a folder; a model holds floats, and saves them
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *model_args: Any, config: Any = None, **kwargs: Any
+    ) -> Self:
+        """As in transformers; the weights of a compact folder (`mar pack`) become floats.
+
+        Raises mar.compact.DamagedWeights, a ValueError, where they are not what the config says.
+        """
+        name, settings = pretrained_model_name_or_path, config
+        where = {key: kwargs[key] for key in WHERE if key in kwargs}
+        if name is not None and not isinstance(config, PreTrainedConfig):
+            settings = MarConfig.from_pretrained(config or name, **where)
+        if name is None or getattr(settings, "compact", None) is None:
+            return super().from_pretrained(name, *model_args, config=config, **kwargs)
+        weights = expand(settings.to_dict(), Path(str(cached_file(name, "model.safetensors", **where))).read_bytes())
+        tensors = {key: torch.from_numpy(np.require(value, requirements="W")) for key, value in weights.items()}
+        with suppress(OSError):
+            kwargs.setdefault("generation_config", GenerationConfig.from_pretrained(name, **where))
+        return super().from_pretrained(None, *model_args, config=config or name, state_dict=tensors, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -25,6 +25,7 @@ from rich.console import Console
 from mar.census import parameters
 from mar.checkpoint import write_json_atomically
 from mar.folder import load_student
+from mar.processes import this_process
 from mar.recipe import Recipe, debug_size, read_recipe
 from mar.refinement import refine
 from mar.report import ModelRow, QuickReport, html_report, terminal_table
@@ -53,15 +54,25 @@ def quickstart(output: Path, minutes: float = 10.0, debug: bool = False) -> dict
 
 
 def refine_and_measure(recipe: Recipe, output: Path) -> dict[str, Any]:
-    """Refine, measure, write results.json and report.html into `output`, print the table; returns the figures."""
+    """Refine, measure, write results.json and report.html into `output`, print the table; returns the figures.
+
+    Of several processes the main one alone measures; the others have no figures to return.
+    """
     started = time.monotonic()
-    teacher = load_teacher(recipe.teacher)
-    announce(recipe, output, teacher)
+    process = this_process()
+    with process.main_process_first():
+        teacher = load_teacher(recipe.teacher)
+    if process.is_main_process:
+        announce(recipe, output, teacher)
     # Text that is there already is read before the hours of training, because it may turn out to be missing or short.
     written_first = recipe.data.source == "teacher" and recipe.evaluation.data is None
     held_out = None if written_first else evaluation_rows(recipe, output, teacher)
     refined = refine(recipe, output, teacher)
+    if not process.is_main_process:
+        return {}
     students = {name: load_student(folder) for name, folder in refined.students.items()}
+    for student in students.values():
+        student.to(process.device)  # type: ignore[arg-type]
     rows, text = held_out or evaluation_rows(recipe, output, teacher)
     _say(f"Measuring on {rows['input_ids'].numel():,} tokens of {text}.")
     figures = measure(students, teacher, rows, text)
@@ -180,13 +191,15 @@ EFFICIENCY = 0.45
 
 def estimate_minutes(recipe: Recipe, size: int) -> float:
     """Minutes that the recipe's tokens will take at the rate of a short bf16 matrix-product probe."""
-    a = torch.randn(1024, 1024, dtype=torch.bfloat16)
+    process = this_process()
+    a = torch.randn(1024, 1024, dtype=torch.bfloat16, device=process.device)
     torch.mm(a, a)
     started = time.perf_counter()
     for _ in range(10):
-        torch.mm(a, a)
+        product = torch.mm(a, a)
+    product[0, 0].item()  # waits for a GPU
     rate = 10 * 2 * 1024**3 / (time.perf_counter() - started)
-    work = sum(WORK[stage.kind] * stage.train.tokens for stage in recipe.stages.values())
+    work = sum(WORK[stage.kind] * stage.train.tokens for stage in recipe.stages.values()) / process.num_processes
     if recipe.data.source == "teacher":
         # Decoding is bound by memory: measured, a written token takes about as long as an aligned one.
         work += WORK["align"] * (recipe.writing.tokens + recipe.writing.held_out_tokens)

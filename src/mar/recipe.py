@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import argparse
 import copy
-from dataclasses import dataclass, field, fields, replace
+import re
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser
@@ -47,14 +48,22 @@ class NeuronSettings:
                 raise ValueError(
                     f"neurons.per_site.{site} has no setting {unknown[0]!r}; use one of {', '.join(known)}."
                 )
-        try:
-            self.by_site()
-        except TypeError as error:
-            raise ValueError(f"neurons.per_site {self.per_site} holds a value of a wrong type ({error}).") from error
+        self.by_site()
 
     def by_site(self) -> dict[str, dict[str, Any]]:
         """The value of `MarConfig.neurons`."""
         return site_neurons(self.default, self.per_site, tuple(self.sites))
+
+
+def site_changes(changes: list[str]) -> dict[str, dict[str, Any]]:
+    """Changes such as `down_proj.time_steps=16` as `NeuronSettings.per_site` takes them."""
+    found: dict[str, dict[str, Any]] = {}
+    for change in changes:
+        parts = re.fullmatch(r"(\w+)\.(\w+)=([\w.+-]+)", change)
+        if parts is None:
+            raise ValueError(f"{change!r} is no change at a site; write one like down_proj.time_steps=16.")
+        found.setdefault(parts[1], {})[parts[2]] = yaml.safe_load(parts[3])
+    return found
 
 
 @dataclass
@@ -188,4 +197,38 @@ def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         problem = " ".join(str(error).split()).replace("Problem with given class_path 'mar.recipe.StageConfig': ", "")
         raise ValueError(f"Recipe {path}: {problem}.") from error
     values.pop("config")
+    # jsonargparse passes over an unknown key whose value is an empty mapping.
+    for given in (yaml.safe_load(file.read_text()), *map(_nested, settings)):
+        if unknown := _unknown_key(given, Recipe):
+            raise ValueError(f"Recipe {path}: there is no setting {unknown!r}; correct its name, or remove it.")
     return Recipe(**values)
+
+
+def _nested(setting: str) -> Any:
+    """An override as the mapping that says the same in a file."""
+    name, _, text = setting.removeprefix("--").partition("=")
+    value = yaml.safe_load(text)
+    for part in reversed(name.split(".")):
+        value = {part: value}
+    return value
+
+
+def _unknown_key(settings: Any, kind: Any, above: str = "") -> str | None:
+    """The dotted name of the first key in `settings` that has no field in the dataclass that `kind` is or holds."""
+    if not isinstance(settings, dict):
+        return None
+    if get_origin(kind) is dict:
+        hints = dict.fromkeys(settings, get_args(kind)[1])
+    elif held := next(filter(is_dataclass, (kind, *get_args(kind))), None):
+        hints = get_type_hints(held)
+    else:
+        return None
+    for key, value in settings.items():
+        if key not in hints:
+            key, _, rest = str(key).partition(".")  # a file may have dotted names too
+            value = {rest: value} if rest else value
+        if key not in hints:
+            return f"{above}{key}"
+        if unknown := _unknown_key(value, hints[key], f"{above}{key}."):
+            return unknown
+    return None

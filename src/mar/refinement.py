@@ -25,6 +25,7 @@ from mar.folder import digest, load_student, save_student
 from mar.generate import write_text
 from mar.model import MarForCausalLM
 from mar.objective import Objective
+from mar.processes import this_process
 from mar.prompts import HELD_OUT_PROMPTS, TRAIN_PROMPTS
 from mar.recipe import SPIKING, Recipe, StageConfig
 from mar.stages import Align, Distill, Orient, Spike, SpikeAlign
@@ -46,14 +47,21 @@ class Refined:
 def refine(recipe: Recipe, folder: str | Path, teacher: Teacher | None = None, progress: bool = True) -> Refined:
     """Run a recipe in `folder`, or go on with it.
 
-    teacher: an already loaded one, to save time. Raises ValueError where the folder holds another recipe's run, and
-    before any work for a stage with a setting that its kind has no use for.
+    teacher: an already loaded one, to save time; it is moved to the device that the run computes on. Where a launcher
+    started several processes, all train and the main one alone writes, into a folder that all must see.
+    Raises ValueError where the folder holds another recipe's run, and before any work for a stage with a setting that
+    its kind has no use for.
     """
     for stage in recipe.stages.values():
         stage_settings(stage)
-    run = _RefineRun(recipe, Path(folder), teacher or load_teacher(recipe.teacher), progress)
+    if teacher is None:
+        # One after the other, because the first download of a teacher is for all of them.
+        with this_process().main_process_first():
+            teacher = load_teacher(recipe.teacher)
+    run = _RefineRun(recipe, Path(folder), teacher, progress)
     if recipe.data.source == "teacher":
-        run.write_text()
+        with run.process.main_process_first():
+            run.write_text()
     student = run.step("convert", run.convert)
     students = {}
     metrics = {}
@@ -72,6 +80,8 @@ class _RefineRun:
 
     def __init__(self, recipe: Recipe, folder: Path, teacher: Teacher, progress: bool) -> None:
         self.recipe, self.folder, self.teacher, self.progress = recipe, folder, teacher, progress
+        self.process = this_process()
+        teacher.model.to(self.process.device)  # type: ignore[arg-type]
         self.dense: MarForCausalLM | None = None
         self.path = folder
         self.count = 0
@@ -134,31 +144,34 @@ class _RefineRun:
         return insert_neurons(dense, self.recipe.neurons.by_site(), self.rows().batches(1))
 
     def step(self, name: str, make: Callable[[], MarForCausalLM]) -> MarForCausalLM:
-        """Load the step's model if it is done, else make and save it."""
+        """The model of a step that trains nothing."""
         folder, settings = self._next_folder(name), self._settings(name)
-        if self._is_done(folder, settings):
-            student = load_student(folder)
-        else:
-            student = make()
-            self._save(student, folder, settings, {}, 0)
-        self._advance(folder)
-        return student
+        return self._written(folder, settings, lambda: (make(), {}))
 
     def train_stage(
         self, name: str, stage: StageConfig, student: MarForCausalLM
     ) -> tuple[MarForCausalLM, dict[str, Any]]:
         """Train one stage, unless its folder says that it is done."""
         folder, settings = self._next_folder(name), self._settings(name)
-        if self._is_done(folder, settings):
-            student = load_student(folder)
-            metrics = json.loads((folder / "provenance.json").read_text())["metrics"]
-        else:
-            student.train()
-            objective = build_objective(stage, student, self.teacher.model, self.dense)
+        metrics: dict[str, Any] = {}
+        if not self._is_done(folder, settings):
+            objective = build_objective(stage, student.train(), self.teacher.model, self.dense)
             metrics = train(objective, self.rows(), stage.train, folder / "training", self.progress, settings)
-            self._save(student.eval(), folder, settings, metrics, metrics["tokens"])
+        student = self._written(folder, settings, lambda: (student.eval(), metrics))
+        return student, json.loads((folder / "provenance.json").read_text())["metrics"]
+
+    def _written(
+        self, folder: Path, settings: dict[str, Any], make: Callable[[], tuple[MarForCausalLM, dict[str, Any]]]
+    ) -> MarForCausalLM:
+        """The model of a step: its folder's if that is whole, else what `make` gives, which the main process saves."""
+        with self.process.main_process_first():
+            if self._is_done(folder, settings):
+                student = load_student(folder)
+            else:
+                student, metrics = make()
+                self._save(student, folder, settings, metrics)
         self._advance(folder)
-        return student, metrics
+        return student.to(self.process.device)  # type: ignore[arg-type]
 
     def _next_folder(self, name: str) -> Path:
         return self.folder / f"{self.count}-{name}"
@@ -183,14 +196,12 @@ class _RefineRun:
         _refuse_other(folder, json.loads((folder / "provenance.json").read_text()), settings)
         return True
 
-    def _save(
-        self, student: MarForCausalLM, folder: Path, settings: dict[str, Any], metrics: dict[str, Any], tokens: int
-    ) -> None:
+    def _save(self, student: MarForCausalLM, folder: Path, settings: dict[str, Any], metrics: dict[str, Any]) -> None:
         provenance = {
             **settings,
             "recipe": asdict(self.recipe),
             "teacher": self.teacher.source,
-            "tokens": tokens,
+            "tokens": metrics.get("tokens", 0),
             "metrics": metrics,
         }
         save_student(student, self.teacher.tokenizer, folder, provenance)

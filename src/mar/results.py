@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mar.adapter import EngineModel
 from mar.census import census, parameters
 from mar.costs import cost, curve
 from mar.data import PackedRows
@@ -61,19 +62,26 @@ def evaluation_rows(recipe: Recipe, folder: Path, teacher: Teacher) -> tuple[dic
 
 def spike_rates(model: MarForCausalLM, rows: Mapping[str, Tensor], text: str, batch: int = 4) -> SpikeReport:
     """Counted spikes of a spiking model on rows of token ids."""
-    with SpikeMonitor(model, text=text) as monitor, torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    device = model.device
+    with SpikeMonitor(model, text=text) as monitor, torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
         for start in range(0, len(rows["input_ids"]), batch):
-            part = {key: value[start : start + batch] for key, value in rows.items()}
+            part = {key: value[start : start + batch].to(device) for key, value in rows.items()}
             model.model(input_ids=part["input_ids"], document_ids=part["document_ids"], use_cache=False)
     return monitor.summary()
 
 
 def measure(
-    students: Mapping[str, MarForCausalLM], teacher: Teacher, rows: Mapping[str, Tensor], text: str, context: int = 512
+    students: Mapping[str, MarForCausalLM | EngineModel],
+    teacher: Teacher,
+    rows: Mapping[str, Tensor],
+    text: str,
+    context: int = 512,
+    precision: str = "bf16",
 ) -> dict[str, Any]:
     """Figures of teacher and students as plain numbers: `held_out`, `spikes`, `energy` (modelled) and `parameters`.
 
     context: tokens of context at which energy per decoded token is modelled (45nm-fp32, compute only).
+    precision: of the models while they are measured, `fp32` or `bf16` autocast.
     """
     against = teacher.source["name"]
     with ExitStack() as stack:
@@ -81,38 +89,42 @@ def measure(
         monitors = {
             name: stack.enter_context(SpikeMonitor(model, text=text))
             for name, model in students.items()
-            if model.config.neurons is not None
+            if isinstance(model, MarForCausalLM) and model.config.neurons is not None
         }
+        engines = {name: model for name, model in students.items() if isinstance(model, EngineModel)}
+        for model in engines.values():
+            model.reset()
         figures: dict[str, HeldOut] = held_out(
             students,
             teacher.model,
             rows["input_ids"],
             window=rows["input_ids"].shape[1],
             document_ids=rows["document_ids"],
-            precision="bf16",
+            precision=precision,
             text=text,
             against=against,
         )
-    rates = {name: monitor.summary() for name, monitor in monitors.items()}
+    reports = {name: monitor.summary() for name, monitor in monitors.items()}
+    counted = {name: {"text": text, **model.engine.counters()} for name, model in engines.items() if model.rates()}
     models: dict[str, Any] = {"teacher": teacher.model, **students}
     energy, curves = {}, {}
     for name, model in models.items():
-        measured = rates.get(name)
+        measured = engines[name].rates() if name in counted else reports.get(name)
         report = cost(census(model.config, context, measured))
         energy[name] = {"decoder_uj": report.decoder, "with_head_uj": report.with_head, "context": context}
-        reports = curve(model.config, CONTEXTS, measured)
-        curves[name] = {"contexts": list(CONTEXTS), "decoder_uj": [r.decoder for r in reports]}
+        costs = curve(model.config, CONTEXTS, measured)
+        curves[name] = {"contexts": list(CONTEXTS), "decoder_uj": [one.decoder for one in costs]}
     return {
         "text": text,
         "against": against,
         "held_out": {name: figure.to_dict() for name, figure in figures.items()},
-        "spikes": {name: report.to_dict() for name, report in rates.items()},
+        "spikes": {name: report.to_dict() for name, report in reports.items()} | counted,
         "energy_label": "modelled (45nm-fp32, compute only), spike rates measured on the held-out text",
         "energy": energy,
         "energy_curves": curves,
         "rate_grids": {
             name: {"spikes": report.grid("spikes_per_element"), "nonzero": report.grid("nonzero_share")}
-            for name, report in rates.items()
+            for name, report in reports.items()
         },
         "parameters": {name: parameters(model.config) for name, model in models.items()},
     }

@@ -39,6 +39,7 @@ def trained_groups(
 ) -> list[ParameterGroup]:
     """The parameters of one set, freezing all others: matrices decay, vectors do not, thresholds have their own rate.
 
+    The convolution's taps count as vectors, a few a channel: they mix no channels, and shrunk they fade all of x, B, C.
     Raises ValueError for an unknown set.
     """
     if trained not in TRAINABLE:
@@ -47,7 +48,7 @@ def trained_groups(
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(TRAINABLE[trained](name))
         if parameter.requires_grad:
-            kind = "matrices" if parameter.dim() > 1 else "vectors"
+            kind = "matrices" if parameter.dim() > 1 and not name.endswith("conv_weight") else "vectors"
             if name.endswith((".a", "embed_tokens.weight", "lm_head.weight")):
                 kind = "thresholds" if name.endswith(".a") else "embeddings"
             found.setdefault((kind, clip(name)), {})[name] = parameter
@@ -249,10 +250,9 @@ class Spike:
         metrics = {f"bidirectional_kl_to_{self.against}": logits.item()}
         if got:
             pairs = [feature_alignment(t.flatten(0, 1), s.flatten(0, 1)) for t, s in zip(wanted, got, strict=True)]
-            pre, post = pairs[: len(self.student.model.layers)], pairs[len(self.student.model.layers) :]
-            if self.features == "post":
-                pre, post = [], pairs
-            distance = sum(torch.stack(part).mean() for part in (pre, post) if part)
+            # The mean over the layers, plus the final norm's own distance where there is one beyond them.
+            layers = len(self.student.model.layers)
+            distance = sum(torch.stack(part).mean() for part in (pairs[:layers], pairs[layers:]) if part)
             loss = loss + distance
             metrics[f"feature_distance_to_{self.against}"] = float(torch.as_tensor(distance).detach())
         if self.energy_target is not None:

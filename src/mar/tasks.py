@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import logging
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mar.quiet import quiet
 
 Document = dict[str, Any]
 
@@ -173,7 +174,7 @@ def load_tasks(tasks: Sequence[str], data_dir: str | Path | None = None) -> dict
     try:
         # A group is lm-eval's own way to take a registered task and override some of its fields.
         members = [{"task": task, **overrides[task]} for task in tasks]
-        with _quiet():
+        with quiet():
             loaded = manager.load({"group": "mar", "task": members})["tasks"]
     except Exception as error:
         if data_dir is not None:
@@ -238,7 +239,7 @@ def _answer(
     from lm_eval.models.huggingface import HFLM
 
     settings: dict[str, Any] = {"mixed_precision_dtype": autocast, "softmax_dtype": "float32", "backend": "causal"}
-    with evaluation_mode(model), _quiet():
+    with evaluation_mode(model), quiet():
         # A copy, because lm-eval gives a tokenizer without a pad token one.
         lm = HFLM(model, tokenizer=deepcopy(tokenizer), batch_size=batch_size, max_length=context, **settings)  # type: ignore[arg-type]
         results: Any = evaluate(lm, {"tasks": tasks}, samples=drawn, bootstrap_iters=0)  # type: ignore[arg-type]
@@ -262,23 +263,6 @@ def _item_result(task: Any, sample: dict[str, Any]) -> ItemResult:
         acc=float(sample["acc"]),
         acc_norm=float(sample["acc_norm"]) if "acc_norm" in sample else None,
     )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence what lm-eval and datasets say about choices made on purpose here; the progress of the model stays."""
-    import datasets
-
-    logger = logging.getLogger("lm_eval")
-    level, bars = logger.level, not datasets.are_progress_bars_disabled()
-    logger.setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        if bars:
-            datasets.enable_progress_bars()
 
 
 def _local(task: str, folder: Path) -> dict[str, Any]:

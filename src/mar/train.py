@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object, reduce, set_seed
 from torch import Tensor, nn
 
 from mar.checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state, write_json_atomically
 from mar.objective import Objective, ParameterGroup, Rows
 from mar.optimizer import TrainConfig, build_optimizers, lr_at
+from mar.processes import this_process
 from mar.trainlog import TrainLog
 
 GRADIENT_BUCKET = 2**24
@@ -91,7 +91,13 @@ class _Run:
         self.groups = objective.parameter_groups()
         self.parameters = _named_parameters(self.groups, objective.name)
         self.device = next(iter(self.parameters.values())).device
-        self.process = _process(self.device)
+        self.process = this_process()
+        wanted: Any = self.process.device
+        if self.process.num_processes > 1 and self.device.type != wanted.type:
+            raise ValueError(
+                f"The student is on {self.device}, but these processes compute on {wanted}; move student and teacher "
+                "there first."
+            )
         self.clipped: dict[str, list[nn.Parameter]] = {}
         for group in self.groups:
             self.clipped.setdefault(group.clip, []).extend(group.parameters.values())
@@ -295,19 +301,6 @@ class _Run:
             if parameter in optimizer.state
             for key, value in optimizer.state[parameter].items()
         }
-
-
-def _process(device: torch.device) -> PartialState:
-    """This process among those of the launch. Raises ValueError where accelerate overlooks the others."""
-    # accelerate sees several processes on CPU only when told so by whoever asks first.
-    process = PartialState(cpu=device.type == "cpu")
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if process.num_processes != launched:
-        raise ValueError(
-            f"{launched} processes were launched, but accelerate sees {process.num_processes}; train on "
-            f"{process.device} instead of {device}, or launch one process."
-        )
-    return process
 
 
 def average_gradients(parameters: list[nn.Parameter]) -> None:

@@ -1,0 +1,150 @@
+"""One step from folder to folder, outside of any recipe: convert, insert neurons, train a stage, pack.
+
+Does: what the verbs of these names do, and refuse folders that do not fit each other. Does not: run recipes
+(mar.refinement), or know how a step computes.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from mar.conversion import calibrate_mixers, convert_llama, convert_llamba, insert_neurons
+from mar.data import PackedRows
+from mar.folder import digest, load_student, load_tokenizer, model_type, read_config, save_student
+from mar.model import MarForCausalLM
+from mar.processes import this_process
+from mar.recipe import SPIKING, NeuronSettings, StageConfig
+from mar.refinement import build_objective
+from mar.sources import DataConfig
+from mar.teachers import load_teacher
+from mar.train import train
+
+OWN_SETTINGS = ("alpha", "beta", "features", "trained", "energy_target")
+"""What `mar train` can change of a stage besides its budget, rate and batch."""
+
+
+def convert_to_folder(source: str, output: Path, preset: str, init: str, text: str | None) -> MarForCausalLM:
+    """The dense student of a LLaMA or of a published Llamba folder, written to `output`; see `mar convert`."""
+    _refuse_taken(output)
+    if _is_llamba(Path(source)):
+        student = convert_llamba(source)
+        tokenizer = load_tokenizer(source)
+        origin: dict[str, Any] = {"kind": "llamba", "name": source, "sha256": digest(Path(source))}
+    else:
+        teacher = load_teacher(source)
+        student = convert_llama(teacher.model, preset, init)
+        tokenizer, origin = teacher.tokenizer, teacher.source
+        if text is not None:
+            rows = PackedRows(DataConfig(source=text), tokenizer)
+            calibrate_mixers(student, teacher.model, next(iter(rows.batches(4))))
+    provenance = {"step": "convert", "settings": {"preset": preset, "init": init, "text": text}, "parent": origin}
+    save_student(student, tokenizer, output, {**provenance, "teacher": origin, "tokens": 0, "metrics": {}})
+    return student
+
+
+def insert_to_folder(model: Path, output: Path, neurons: NeuronSettings, text: str, tokens: int) -> MarForCausalLM:
+    """The spiking student of a dense MAR folder, written to `output`; see `mar insert`."""
+    _refuse_taken(output)
+    dense, tokenizer = load_student(model), load_tokenizer(model)
+    if dense.config.neurons is not None:
+        raise ValueError(f"{model} already has neurons; give the dense folder that it was made from.")
+    rows = PackedRows(DataConfig(source=text), tokenizer, vocab_size=dense.config.vocab_size)
+    spiking = insert_neurons(dense, neurons.by_site(), rows.batches(1), tokens)
+    provenance = {
+        "step": "insert_neurons",
+        "settings": {**asdict(neurons), "text": text, "tokens": tokens},
+        "parent": _source(model),
+        "teacher": _teacher(model),
+    }
+    save_student(spiking, tokenizer, output, {**provenance, "tokens": 0, "metrics": {}})
+    return spiking
+
+
+def pack_to_folder(model: Path, output: Path, precision: str, head: str) -> int:
+    """A MAR folder with its weights in small integers, written to `output`; see `mar pack`. Returns its bytes."""
+    _refuse_taken(output)
+    if read_config(model).get("compact") is not None:
+        raise ValueError(f"{model} is compact already; give the folder that it was made from.")
+    student, tokenizer = load_student(model), load_tokenizer(model)
+    compact = {"precision": precision, "head": head}
+    provenance = {"step": "pack", "settings": compact, "parent": _source(model), "teacher": _teacher(model)}
+    save_student(student, tokenizer, output, {**provenance, "tokens": 0, "metrics": {}}, compact)
+    return sum(file.stat().st_size for file in output.iterdir())
+
+
+def train_to_folder(stage: StageConfig, student: Path, output: Path, teacher: str, data: DataConfig) -> dict[str, Any]:
+    """Train one stage on a student's folder, write the student to `output`, return the metrics; see `mar train`.
+
+    What `teacher` holds decides stage.teacher. Of several processes the main one alone writes.
+    """
+    if output.exists() and any(output.samefile(other) for other in (student, Path(teacher)) if other.exists()):
+        raise ValueError(f"{output} is the student or the teacher, which would be overwritten; give another folder.")
+    by_mar = (Path(teacher) / "config.json").is_file() and model_type(teacher) == "mar"
+    if by_mar and stage.kind not in SPIKING:
+        raise ValueError(
+            f"{stage.kind} learns from a LLaMA, and {teacher} holds a MAR model; give the LLaMA it came from."
+        )
+    if not by_mar and stage.kind == "spike_align":
+        raise ValueError(
+            f"{stage.kind} compares with the dense student; give its MAR folder as the teacher, not {teacher!r}."
+        )
+    process = this_process()
+    stage = replace(stage, teacher="llama" if stage.kind == "spike" and not by_mar else None)
+    model, tokenizer = load_student(student).train(), load_tokenizer(student)
+    dense, llama = None, None
+    if by_mar:
+        dense, source = load_student(teacher), _source(Path(teacher))
+    else:
+        with process.main_process_first():
+            loaded = load_teacher(teacher)
+        llama, source = loaded.model, loaded.source
+    used: list[Any] = [each for each in (model, dense, llama) if each is not None]
+    for each in used:
+        each.to(process.device)
+    parent = _source(student)
+    own = {name: getattr(stage, name) for name in OWN_SETTINGS}
+    metrics = train(
+        build_objective(stage, model, llama, dense),
+        PackedRows(data, tokenizer, vocab_size=model.config.vocab_size),
+        stage.train,
+        output / "training",
+        recipe={"kind": stage.kind, "student": parent, "teacher": source, **own},
+    )
+    settings = {
+        **own,
+        "text": data.source,
+        "tokens": stage.train.tokens,
+        "lr": stage.train.lr,
+        "batch_size": stage.train.batch_size,
+        "length": data.length,
+    }
+    provenance = {"step": stage.kind, "settings": settings, "parent": parent, "teacher": source}
+    if process.is_main_process:
+        save_student(model.eval(), tokenizer, output, {**provenance, "tokens": metrics["tokens"], "metrics": metrics})
+    process.wait_for_everyone()
+    return metrics
+
+
+def _refuse_taken(output: Path) -> None:
+    if (output / "config.json").exists():
+        raise ValueError(f"{output} already holds a model; give another folder, or remove it first.")
+
+
+def _is_llamba(folder: Path) -> bool:
+    """Whether a folder has the layout of the published Llamba checkpoints, whose config names no model_type."""
+    config = folder / "config.json"
+    return config.is_file() and '"ssm_cfg"' in config.read_text(encoding="utf-8", errors="replace")
+
+
+def _source(folder: Path) -> dict[str, Any]:
+    """A model's folder, as provenance names it."""
+    return {"kind": "folder", "name": str(folder), "sha256": digest(folder)}
+
+
+def _teacher(folder: Path) -> dict[str, Any]:
+    """Where a student's teacher came from; the student itself where its folder does not say."""
+    kept = folder / "provenance.json"
+    return json.loads(kept.read_text())["teacher"] if kept.is_file() else _source(folder)

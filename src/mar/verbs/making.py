@@ -1,0 +1,205 @@
+"""Verbs that write models and reports: convert, insert, refine, train, pack, quickstart, report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+Result = dict[str, Any]
+
+
+def convert(
+    source: str,
+    output: Path,
+    /,
+    *,
+    preset: Literal["fast", "llamba"] = "fast",
+    init: Literal["attention", "llamba"] = "attention",
+    text: str | None = None,
+) -> Result:
+    """Turn a LLaMA (or a published Llamba folder) into a dense MAR folder.
+
+    Args:
+        source: teacher name, hub id, LLaMA folder, GGUF file, or Llamba folder.
+        output: folder to write, a new one.
+        preset: mixer choices, `llamba` being those published.
+        init: `attention` starts from the attention weights, `llamba` at random.
+        text: file or folder of text; with it decays and scales are calibrated on its first rows.
+    """
+    from mar.steps import convert_to_folder
+
+    student = convert_to_folder(source, output, preset, init, text)
+    return {"folder": str(output), "parameters": student.num_parameters()}
+
+
+def insert(
+    model: Path,
+    output: Path,
+    /,
+    *,
+    text: str,
+    tokens: int = 4096,
+    kind: Literal["atmn", "ternary", "binary"] = "atmn",
+    time_steps: int = 4,
+    tau: float = 1.0,
+    threshold: Literal["channel", "scalar"] = "channel",
+    precharge: bool = False,
+    merge: Literal["weighted", "sum"] = "weighted",
+    surrogate: str = "ste",
+    sites: list[Literal["in_proj", "out_proj", "gate_up", "down_proj"]] | None = None,
+    per_site: list[str] | None = None,
+) -> Result:
+    """Turn a dense MAR folder into a spiking one, thresholds calibrated on a text; trains nothing.
+
+    Args:
+        model: dense MAR folder.
+        output: folder to write, a new one.
+        text: file or folder of text.
+        tokens: how much of it.
+        kind: the neuron: the paper's, or a baseline with hard reset (ternary) or without negative spikes (binary).
+        time_steps: T, inner steps per token.
+        tau: leak of the membrane between steps.
+        threshold: one per channel, or one for the site.
+        precharge: start the membrane half full, so that codes round.
+        merge: spikes weighted by tau^t, or their plain sum.
+        surrogate: the backward shape: ste, rectangle, triangle, arctan, sigmoid.
+        sites: where neurons go (default: all four).
+        per_site: changes at single sites, as in down_proj.time_steps=16
+    """
+    from mar.config import SITES, NeuronConfig
+    from mar.recipe import NeuronSettings, site_changes
+    from mar.steps import insert_to_folder
+
+    default = NeuronConfig(kind, time_steps, tau, threshold, precharge, merge, surrogate)
+    neurons = NeuronSettings(default, list(sites or SITES), site_changes(per_site or []))
+    spiking = insert_to_folder(model, output, neurons, text, tokens)
+    return {"folder": str(output), "neurons": sum(neuron.channels for *_, neuron in spiking.neuron_sites())}
+
+
+def refine(
+    recipe: str,
+    output: Path | None = None,
+    /,
+    *,
+    debug: bool = False,
+    print_config: bool = False,
+    overrides: list[str] | None = None,
+) -> Result:
+    """Run a whole recipe, from teacher to measured students; the same command goes on after a stop.
+
+    Any setting of the recipe can be changed by its dotted name: --stages.align.train.tokens=1000
+
+    Args:
+        recipe: a YAML file or the name of a recipe that mar ships (quickstart, smollm2-135m, llama-3.2-1b,
+            ablations/ROW).
+        output: the run's folder (default: runs/ and the recipe's name).
+        debug: cut every budget to two small steps.
+        print_config: print the whole recipe, changes included, as YAML (with --json as JSON) and stop.
+    """
+    from dataclasses import asdict
+
+    from mar.quickstart import refine_and_measure
+    from mar.recipe import debug_size, read_recipe
+
+    settings = read_recipe(recipe, overrides)
+    if debug:
+        settings = debug_size(settings)
+    if print_config:
+        return json.loads(json.dumps(asdict(settings)))
+    return refine_and_measure(settings, output or Path("runs") / settings.name)
+
+
+def train(
+    kind: Literal["orient", "align", "distill", "spike_align", "spike"],
+    student: Path,
+    output: Path,
+    /,
+    *,
+    teacher: str,
+    text: str,
+    tokens: int = 100_000,
+    lr: float = 5e-4,
+    batch_size: int = 4,
+    length: int = 512,
+    alpha: float | None = None,
+    beta: float | None = None,
+    features: Literal["pre", "post", "both", "none"] | None = None,
+    trained: Literal["mixers", "mixers+norms", "thresholds", "layers", "all"] | None = None,
+    energy_target: float | None = None,
+) -> Result:
+    """Train one stage on an existing student folder; the same command goes on after a stop.
+
+    Args:
+        kind: the stage.
+        student: MAR folder; for spike_align and spike one with neurons.
+        output: folder to write, another one; training state lies in its `training`.
+        teacher: LLaMA (name, hub id, folder, GGUF) or dense MAR folder; spike_align takes the latter only, spike both,
+            the others a LLaMA.
+        text: training text: file, folder, glob, or a hub data set as hub:owner/name.
+        tokens: budget.
+        lr: peak learning rate.
+        batch_size: rows a step.
+        length: tokens a row.
+        alpha: weight of KL(teacher || student), for distill and spike.
+        beta: weight of KL(student || teacher), for distill and spike.
+        features: which normed features are compared, for spike.
+        trained: parameter set, for distill and spike.
+        energy_target: MAC-weighted spikes per input to steer to, for spike.
+    """
+    from mar.optimizer import TrainConfig
+    from mar.recipe import StageConfig
+    from mar.sources import DataConfig
+    from mar.steps import train_to_folder
+
+    config = TrainConfig(tokens=tokens, lr=lr, batch_size=batch_size)
+    stage = StageConfig(
+        kind, config, alpha=alpha, beta=beta, features=features, trained=trained, energy_target=energy_target
+    )
+    metrics = train_to_folder(stage, student, output, teacher, DataConfig(source=text, length=length))
+    return {"folder": str(output), **metrics}
+
+
+def pack(
+    model: Path,
+    output: Path,
+    /,
+    *,
+    precision: Literal["int8", "int4"] = "int8",
+    head: Literal["int8", "int4", "bf16"] = "int8",
+) -> Result:
+    """Write a MAR folder again with its weights in small integers, for transformers and the engine alike.
+
+    Args:
+        model: MAR folder.
+        output: folder to write, a new one.
+        precision: of the decoder's linears: int8, a scale for each output; int4, a scale for 64 inputs of an output.
+        head: of embedding and head.
+    """
+    from mar.steps import pack_to_folder
+
+    return {"folder": str(output), "bytes": pack_to_folder(model, output, precision, head)}
+
+
+def quickstart(output: Path = Path("runs/quickstart"), /, *, minutes: float = 10.0, debug: bool = False) -> Result:
+    """Refine SmolLM2-135M into a small spiking model on text that it writes itself, and report on it.
+
+    Args:
+        output: the run's folder; the same command goes on after a stop.
+        minutes: the one dial: budgets scale with it.
+        debug: two small steps a stage.
+    """
+    from mar.quickstart import quickstart as run
+
+    return run(output, minutes, debug)
+
+
+def report(folder: Path, /) -> Result:
+    """Write report.html of a run again from its results.json, and print its table.
+
+    Args:
+        folder: a run's folder.
+    """
+    from mar.quickstart import write_report
+
+    return write_report(folder)
