@@ -10,7 +10,7 @@ CANDIDATES := $(PYTHON) python3 python3.11 python3.12 python3.13 python3.14
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup quickstart test lint types docs wheel clean
+.PHONY: help setup quickstart test sanitize lint types docs wheel clean
 .DEFAULT_GOAL := help
 
 help: ## list these targets
@@ -39,6 +39,12 @@ test: export HF_HUB_OFFLINE := 1
 test: export OMP_NUM_THREADS := 1
 test: lint types docs ## everything that CI runs: lint, types, docs, tests
 	$(BIN)/pytest -n 2
+
+# In a folder of its own, without Python. It takes minutes to build, so it is no part of `test`.
+sanitize: ## the C++ tests under the address and undefined-behaviour sanitizers; needs cmake and a C++20 compiler
+	cmake -S csrc -B build/sanitize -DMAR_SANITIZE=ON
+	cmake --build build/sanitize --parallel 2
+	build/sanitize/mar_tests
 
 lint: setup ## style and layout
 	$(BIN)/ruff check

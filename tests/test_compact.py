@@ -69,9 +69,11 @@ def test_int4_is_stored_without_loss(seed: int, outputs: int, inputs: int, sprea
     assert np.array_equal(values, made.values())
     for start in range(0, inputs, compact.GROUP):
         part = slice(start, start + compact.GROUP)
-        largest, error = (np.abs(x[:, part]).max(1) for x in (weight, values - weight))
+        largest = np.abs(weight[:, part]).max(1)
+        error = np.sqrt(np.square(values - weight)[:, part].mean(1))
         near = largest > np.abs(weight).max() / 2**13  # what is smaller may find no scale, and is zero then
-        assert (error[near] <= 0.17 * largest[near]).all()
+        # Of the scales tried, one meets the largest weight to half a level and half a step of the scale.
+        assert (error[near] <= 0.1 * largest[near]).all()
         assert (error <= largest).all()
 
 

@@ -547,6 +547,13 @@ def test_the_engine_imports_neither_torch_nor_transformers(native: Engine):
     assert done.stdout.splitlines() == [str(native.generate([1, 2, 3], 5, temperature=0)), "set()"], done.stderr
 
 
+def test_a_packed_file_that_holds_no_model_is_refused(tmp_path: Path):
+    for settings in ({}, {"vocab_size": 2**70}, {"vocab_size": 8}, {"num_hidden_layers": "two"}):
+        pack.write_packed(tmp_path / "none.marpack", settings, {"norm": np.zeros(4, np.uint8)}, {})
+        with pytest.raises(ValueError, match=r"^The setting '\w+' is missing or of another type; pack .* again\.$"):
+            Engine(tmp_path / "none.marpack", 1)
+
+
 def test_a_missing_core_is_named():
     code = "import sys; sys.modules['mar._native'] = None; import mar.engine"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

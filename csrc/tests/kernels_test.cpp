@@ -257,6 +257,10 @@ void test_kernels(const mar::Variant& variant) {
   encoders(k);
   quantisers(k);
   linears(k);
-  for (auto [width, size] : {std::pair{8, 6}, {16, 16}, {64, 64}, {1, 1}, {80, 20}, {24, 70}})
-    for (int taps : {1, 4, 16}) heads(k, width, size, taps, taps != 1, width != 24);
+  heads(k, 8, 6, 4, true, true);
+  heads(k, 64, 64, 4, true, true);
+  heads(k, 16, 16, 1, false, true);
+  heads(k, 1, 1, 16, true, false);
+  heads(k, 80, 20, 2, true, true);
+  heads(k, 24, 70, 16, false, false);
 }

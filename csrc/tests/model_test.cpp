@@ -100,7 +100,7 @@ void ways_to_read(const mar::Variant& variant, const Sizes& sizes, Precision pre
   std::vector<std::int32_t> tokens(count);
   for (auto& token : tokens) token = integer(0, sizes.vocab - 1);
   std::vector<float> first, steps_first;
-  for (int threads : {1, 2, 5}) {
+  for (int threads : {1, 3}) {
     mar::Model model(variant.kernels, threads);
     arrays.fill(model);
     // A block and what is over, with logits of all tokens and of the last.
@@ -167,10 +167,9 @@ void ways_to_read(const mar::Variant& variant, const Sizes& sizes, Precision pre
 
 void test_model(const mar::Variant& variant) {
   const Sizes ragged = {300, 40, 200, 3, 8, 6, 4}, odd = {7, 129, 5, 1, 70, 3, 1}, small = {64, 3, 1, 2, 2, 1, 9};
-  for (Precision precision : {Precision::f32, Precision::bf16, Precision::i8, Precision::i4})
-    for (bool spiking : {false, true}) {
-      ways_to_read(variant, ragged, precision, precision, spiking);
-      ways_to_read(variant, odd, precision, Precision::i4, spiking);
-      ways_to_read(variant, small, precision, Precision::f32, spiking);
-    }
+  for (Precision precision : {Precision::f32, Precision::bf16, Precision::i8, Precision::i4}) {
+    for (bool spiking : {false, true}) ways_to_read(variant, ragged, precision, precision, spiking);
+    ways_to_read(variant, odd, precision, Precision::i4, true);
+    ways_to_read(variant, small, precision, Precision::f32, false);
+  }
 }
