@@ -92,6 +92,9 @@ class Reader {
     size("inputs", inputs);
     size("outputs", outputs);
     linear.precision = precision_of(precision);
+    // A sum of so many products of 8 bits fits 32.
+    if (linear.integer() && inputs > (1 << 16))
+      throw std::invalid_argument(name + " has " + std::to_string(inputs) + " inputs; in " + precision + " the engine takes up to 65536.");
     linear.inputs = inputs;
     linear.rows = linear.integer() ? (inputs + mar::kQuad - 1) / mar::kQuad * mar::kQuad : inputs;
     const int unit = linear.precision == mar::Precision::i4 ? 2 : 1;

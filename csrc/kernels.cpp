@@ -120,7 +120,7 @@ float quantise(const float* x, int n, std::int8_t* codes) {
   for (int lane = 0; lane < kLanes; ++lane) peak = std::max(peak, peaks[lane]);
   for (; i < n; ++i) peak = std::max(peak, std::fabs(x[i]));
   const float scale = peak / 127.0f;
-  const float factor = peak > 0 ? 127.0f / peak : 0.0f;
+  const float factor = peak > 1e-36f ? 127.0f / peak : 0.0f;  // what is smaller has no inverse
   for (i = 0; i + kLanes <= n; i += kLanes)
     store(codes + i, __builtin_convertvector(to_int(nearest(load<F>(x + i) * factor)), Bytes16));
   for (; i < n; ++i) codes[i] = static_cast<std::int8_t>(std::nearbyint(x[i] * factor));

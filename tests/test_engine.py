@@ -583,7 +583,9 @@ def test_fidelity_benchmark(tmp_path: Path, tiny_llama_folder: Path, capsys: pyt
     assert set(runs) == {"torch_in_pieces", "fp32", "int4"}
     assert runs["fp32"]["replayed"]["away_from_thresholds"] == 0
     assert runs["fp32"]["replayed"]["largest_logit_difference"] < 1e-3
+    assert len(runs["int4"]["free"]["first_flips"]) == 2
     for figure in ("flipped_share", "kl"):
+        assert found["bound"][figure] == pytest.approx(1.25 * runs["torch_in_pieces"]["free"][figure])
         assert 0 <= runs["fp32"]["free"][figure] < runs["int4"]["free"][figure] / 10
         assert runs["torch_in_pieces"]["free"][figure] < runs["int4"]["free"][figure] / 10
     flipped = runs["int4"]["free"]

@@ -289,6 +289,14 @@ def test_other_settings_that_make_no_model_are_refused(parts, name: str, value: 
         core(parts[0] | {name: value}, parts[1])
 
 
+@pytest.mark.parametrize(
+    ("inputs", "outputs"), [(0, 1), (1, 0), (-5, 64), (64, -64), (2**25, 1), (2**16 + 1, 1)], ids=str
+)
+def test_linears_of_sizes_that_make_none_are_refused(inputs: int, outputs: int):
+    with pytest.raises(ValueError, match=r"makes no model|takes up to 65536"):
+        _native.Linear("int8", inputs, outputs, {}, pack.PANEL, 1)
+
+
 def test_arrays_of_another_size_or_kind_are_refused(parts):
     settings, arrays = parts
     for name, array in arrays.items():
