@@ -132,6 +132,7 @@ def test_answers_to_tasks_are_the_models(
     dense: MarForCausalLM, native: EngineModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     items = [{"goal": "Open a jar.", "sol1": f"Twist it {n} times.", "sol2": "Sit.", "label": n % 2} for n in range(3)]
+    items[2]["goal"] = "Open a jar, then the next. " * 400  # loses its beginning
     (tmp_path / "piqa.jsonl").write_text("\n".join(map(json.dumps, items)))
     models = {"native": (native, tiny_tokenizer), "torch": (dense, tiny_tokenizer)}
     answers = run_tasks(models, ["piqa"], tmp_path, batch_size=2).items["piqa"]

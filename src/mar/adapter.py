@@ -7,7 +7,7 @@ Does not: train, give hidden states, or sample. Importable without the native co
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,21 @@ class EngineModel(PreTrainedModel):
                 state = self.engine.new_state()
                 for first in range(start, stop, BLOCK):
                     yield torch.from_numpy(self.engine.logits(state, ids[first : min(first + BLOCK, stop)]))
+
+    def continuations(self, context: Sequence[int], choices: Sequence[Sequence[int]]) -> list[tuple[float, bool]]:
+        """Of each choice after the context: its log-probability, and whether it is what greedy decoding would write.
+
+        The context is read once and its state forked. Both must hold at least one token, or ValueError is raised.
+        """
+        before = self.engine.new_state()
+        last, answers = self.engine.prefill(before, context), []
+        for choice in choices:
+            after = self.engine.logits(before.copy(), choice[:-1])
+            logits = torch.from_numpy(np.concatenate([last[None], after]))
+            wanted = torch.tensor(choice)[:, None]
+            log_probability = logits.log_softmax(-1).gather(1, wanted).double().sum().item()
+            answers.append((log_probability, bool((logits.argmax(-1, keepdim=True) == wanted).all())))
+        return answers
 
     def reset(self) -> None:
         """Count spikes and time anew."""

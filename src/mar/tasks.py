@@ -238,10 +238,27 @@ def _answer(
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
+    shared: Any = getattr(model, "continuations", None)
+
+    class ReadOnce(HFLM):
+        """For the engine: what the choices of an item have in common is read once, and no batch is padded."""
+
+        def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
+            choices: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
+            for index, (_, before, choice) in enumerate(requests):
+                whole = (before + choice)[-(context + 1) :]
+                choices.setdefault(tuple(whole[: -len(choice)]), []).append((index, choice))
+            answers: dict[int, tuple[float, bool]] = {}
+            for before, group in choices.items():
+                found = shared(before, [choice for _, choice in group])
+                answers |= zip((index for index, _ in group), found, strict=True)
+            return [answers[index] for index in range(len(requests))]
+
     settings: dict[str, Any] = {"mixed_precision_dtype": autocast, "softmax_dtype": "float32", "backend": "causal"}
     with evaluation_mode(model), quiet():
         # A copy, because lm-eval gives a tokenizer without a pad token one.
-        lm = HFLM(model, tokenizer=deepcopy(tokenizer), batch_size=batch_size, max_length=context, **settings)  # type: ignore[arg-type]
+        kind = ReadOnce if shared else HFLM
+        lm = kind(model, tokenizer=deepcopy(tokenizer), batch_size=batch_size, max_length=context, **settings)  # type: ignore[arg-type]
         results: Any = evaluate(lm, {"tasks": tasks}, samples=drawn, bootstrap_iters=0)  # type: ignore[arg-type]
     return results["samples"]
 
