@@ -17,7 +17,7 @@ MAX_LINES = 420
 FLOORS = (
     {"_native", "checkpoint", "compact", "config", "kernels", "objective", "processes", "quiet", "surrogate"},
     {"engine", "mixer", "neurons"},
-    {"model"},
+    {"calibration", "model"},
     {"conversion", "layers", "losses", "spikes", "teachers"},
     {"census", "data", "folder", "optimizer", "prompts", "recipe", "sources", "stages", "tasks", "trainlog"},
     {"adapter", "costs", "evaluate", "generate", "quickstart", "refinement", "report", "results", "steps", "train"},

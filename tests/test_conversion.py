@@ -18,6 +18,7 @@ from mar.layers import captured
 from mar.losses import forward_kl
 from mar.model import MarForCausalLM
 from mar.neurons import build_neuron
+from mar.spikes import SpikeMonitor
 from mar.stages import Align
 from tiny_models import llama_model, mar_model, packed_rows, rms_ratio
 
@@ -472,6 +473,22 @@ def test_thresholds_are_calibrated_per_channel_on_the_dense_models_activations()
             return rms_ratio(moved(current), current)
 
         assert error(1) < min(error(0.6), error(1.6)), (layer, site)
+
+
+def test_a_budget_of_spikes_is_kept_on_the_text_it_was_set_on():
+    dense = mar_model()
+    neurons = site_neurons(NeuronConfig(time_steps=8, precharge=True))
+    rates = {}
+    for budget in (None, 0.8, 0.3):
+        spiking = insert_neurons(dense, neurons, batches(), tokens=96, spike_budget=budget)
+        with SpikeMonitor(spiking) as monitor, torch.no_grad():
+            spiking(**next(iter(batches())))
+        rates[budget] = monitor.summary().totals.spikes_per_mac
+    assert rates[None] > rates[0.8] > rates[0.3]
+    # The neurons were set on the dense model's activations, which the codes of earlier layers move.
+    assert rates[0.3] == pytest.approx(0.3, rel=0.3)
+    with pytest.raises(ValueError, match="layer 0, site in_proj: a budget of spikes needs"):
+        insert_neurons(dense, site_neurons(NeuronConfig(tau=2.0)), batches(), spike_budget=1.0)
 
 
 def test_a_scalar_threshold_per_site():

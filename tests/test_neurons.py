@@ -13,7 +13,6 @@ from mar import neurons
 from mar.config import NeuronConfig
 from mar.neurons import (
     build_neuron,
-    calibrate_threshold,
     closed_form,
     fold_threshold,
     has_closed_form,
@@ -440,96 +439,6 @@ def test_frozen_parts_get_no_gradient():
     assert neuron.a.grad is None
     assert learned.abs().sum() > 0
     assert leaf.grad.abs().sum() > 0
-
-
-# Calibration
-
-
-def squared_error(neuron, samples):
-    return (neuron(samples) - samples).square().sum(0).double()
-
-
-@every_kind
-@pytest.mark.parametrize("threshold", ["channel", "scalar"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_calibration_beats_a_grid(config, threshold, dtype):
-    config = replace(config, threshold=threshold)
-    scales = torch.tensor([0.01, 1.0, 30.0, 1.0])
-    samples = (normal(300, 4) * scales if threshold == "channel" else normal(300, 4)).to(dtype)
-    samples[:, 3] = samples[:, 3] ** 3
-    neuron = build_neuron(config, 4)
-
-    def error(a):
-        neuron.a.data.copy_(a)
-        by_channel = squared_error(neuron, samples.float())
-        return by_channel if threshold == "channel" else by_channel.sum(0, keepdim=True)
-
-    square = samples.float().square()
-    rms = (square.mean(0) if threshold == "channel" else square.mean().view(1)).sqrt()
-    a = calibrate_threshold(samples, config)
-    assert (a.shape, a.dtype) == (neuron.a.shape, torch.float32)
-    best = error(a)
-    at_rms = error(rms.log())
-    assert (best <= at_rms).all()
-    assert (best[:3] < 0.99 * at_rms[:3]).all()
-    grid = torch.stack([error((rms * ratio).log()) for ratio in torch.logspace(-1.5, 1, 60)])
-    # A leak breaks the error into many dips, and two passes of the search may end in the second deepest.
-    assert (best <= (1.015 if config.tau == 1 else 1.08) * grid.min(0).values).all()
-
-
-@pytest.mark.parametrize("name", [name for name, config in KINDS.items() if config.tau == 1])
-def test_error_from_sorted_samples_is_the_error(name):
-    """The quick error of the calibration and the one of running the neuron differ by sum x^2 only."""
-    config = replace(KINDS[name], time_steps=6)
-    drive = normal(200, 3).abs()
-    choices = torch.rand(3, 20, generator=torch.Generator().manual_seed(0)) * 2 + 0.05
-    quick = neurons._staircase_error(drive, config)(choices)
-    slow = neurons._recurrence_error(drive, config)(choices)
-    torch.testing.assert_close(quick + drive.double().square().sum(0)[:, None], slow, atol=1e-4, rtol=1e-5)
-
-
-@every_kind
-def test_calibration_of_odd_channels(config):
-    ordinary = normal(200).abs()
-    zero, constant, spike = torch.zeros(200), torch.full((200,), 0.3), torch.zeros(200)
-    spike[17] = 5
-    samples = torch.stack([ordinary, zero, constant, spike], 1)
-    a = calibrate_threshold(samples, config)
-    assert torch.isfinite(a).all()
-    assert a[1] == a[[0, 2, 3]].median()
-    neuron = neuron_with(config, a)
-    error = squared_error(neuron, samples) / samples.square().sum(0).clamp(min=1e-12)
-    assert error[0] < 0.4
-    assert error[1] == 0
-    assert error[2] < 1e-6
-    assert error[3] < 1e-6
-    assert calibrate_threshold(torch.zeros(9, 2), config).tolist() == [0, 0]
-    assert torch.isfinite(calibrate_threshold(torch.tensor([[1.0, -2.0]]), config)).all()
-
-
-def test_calibration_thins_rows_evenly(monkeypatch):
-    samples = normal(4000, 3)
-    for threshold in ("channel", "scalar"):
-        config = NeuronConfig(threshold=threshold)
-        whole = calibrate_threshold(samples, config)
-        monkeypatch.setitem(neurons.CALIBRATION_SAMPLES, threshold, 600)
-        thinned = calibrate_threshold(samples, config)
-        torch.testing.assert_close(whole, thinned, atol=0.2, rtol=0)
-        assert not torch.equal(whole, thinned)
-        rows = 600 if threshold == "channel" else 200
-        kept = samples[torch.linspace(0, 3999, rows).long()]
-        assert torch.equal(calibrate_threshold(kept, config), thinned)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_calibration_refuses_what_is_not_finite(value):
-    samples = normal(20, 3)
-    samples[4, 1] = value
-    with pytest.raises(ValueError, match="1 of 60 calibration samples are not finite"):
-        calibrate_threshold(samples, NeuronConfig())
-    with pytest.raises(ValueError, match=r"samples of shape \(0, 3\); pass at least one row"):
-        calibrate_threshold(torch.zeros(0, 3), NeuronConfig())
-    assert torch.isfinite(calibrate_threshold(torch.full((50, 2), 3e37), NeuronConfig())).all()
 
 
 # Folding

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mar.calibration import calibrate_threshold
 from mar.engine import Engine
 from mar.model import MarForCausalLM
-from mar.neurons import Neuron, calibrate_threshold
+from mar.neurons import Neuron
 from tiny_models import mar_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mar import kernels
+from mar.calibration import calibrate_threshold, calibration_curve, spend_spikes
 from mar.config import MIXER_PRESETS, MarConfig
 from mar.layers import llama_layers
 from mar.model import MarForCausalLM
-from mar.neurons import calibrate_threshold, fold_threshold
+from mar.neurons import fold_threshold
 
 MIXER_CHOICES = ("input_gain", "bc_norm", "decay_bias", "conv_kernel", "chunk_size")
 """Fields of MarConfig that a LLaMA checkpoint leaves open."""
@@ -283,10 +284,13 @@ def insert_neurons(
     neurons: dict[str, dict[str, Any]],
     batches: Iterable[dict[str, Tensor]],
     tokens: int = CALIBRATION_TOKENS,
+    spike_budget: float | None = None,
 ) -> MarForCausalLM:
     """A spiking copy of a dense MAR model, thresholds set to least squared error on the dense model's own activations.
 
     neurons: see `mar.config.site_neurons`. batches: rows of token ids; the first `tokens` tokens are used.
+    spike_budget: most MAC-weighted spikes per input (r·T) on those tokens, shared out to where they lower the error
+    most (`spend_spikes`); None spends whatever the least error takes.
     """
     if dense.config.neurons is not None:
         raise ValueError("The model already has neurons; insert them into its dense stage-1 folder instead.")
@@ -294,12 +298,21 @@ def insert_neurons(
     spiking = MarForCausalLM(config).to(dense.device)  # type: ignore[arg-type]
     spiking.load_state_dict(dense.state_dict(), strict=False)
     samples = _site_inputs(dense, spiking, batches, tokens)
+    curves, weights = [], []
     for layer, site, neuron in spiking.neuron_sites():
         current = torch.cat(samples.pop((layer, site)))[:tokens].float()
         try:
-            neuron.a.copy_(calibrate_threshold(current, neuron.config))
+            if spike_budget is None:
+                neuron.a.copy_(calibrate_threshold(current, neuron.config))
+            else:
+                curves.append(calibration_curve(current, neuron.config))
+                weights.append([linear.weight for linear in spiking.neuron_linears(layer, site)])
         except ValueError as error:
             raise ValueError(f"Calibrating the neuron of layer {layer}, site {site}: {error}") from error
+    if spike_budget is not None:
+        chosen = spend_spikes(curves, weights, spike_budget)
+        for (_, _, neuron), threshold in zip(spiking.neuron_sites(), chosen, strict=True):
+            neuron.a.copy_(threshold.log())
     spiking.generation_config = dense.generation_config
     return spiking.eval()
 

@@ -13,15 +13,14 @@ whenever |I| / V differs by more than 1e-5 of its value from every threshold (1.
 nearer than that the roundings of T subtractions and of one division may fall on different sides. At T = 1 without
 pre-charge they always agree.
 
-Does: the recurrences, the closed form with its gradient, the module, calibration from data, threshold folding.
-Does not: place neurons in a model, or count energy.
+Does: the recurrences, the closed form with its gradient, the module, threshold folding. Does not: find thresholds
+(mar.calibration), place neurons in a model, or count energy.
 
 A NaN current gives a NaN output, so that a guard on the loss sees it; where integers are asked for it is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -33,9 +32,6 @@ from mar.config import NeuronConfig
 from mar.surrogate import SURROGATES, ste_range
 
 TERNARY_LEAK = 0.25
-CALIBRATION_SAMPLES = {"channel": 1024, "scalar": 2**18}
-"""Most magnitudes that are sorted per threshold; more rows than that are thinned evenly."""
-
 CHUNK = 2**18
 """Elements that the closed form works on at a time on a CPU, so that its few fp32 buffers stay in cache."""
 
@@ -304,97 +300,3 @@ def fold_threshold(
 ) -> Float[Tensor, "outputs channels"]:
     """W diag(scale), in fp32 or better: takes codes where `linear_weight` takes a neuron's output (tau = 1)."""
     return linear_weight * scale.to(torch.promote_types(linear_weight.dtype, torch.float32))
-
-
-def calibrate_threshold(samples: Float[Tensor, "n channels"], config: NeuronConfig) -> Float[Tensor, "thresholds"]:
-    """Log-threshold a of least squared reconstruction error, per channel or (`scalar`) one over all of them, in fp32.
-
-    Searches ratios of V to a channel's peak and RMS, then once more, finely, around the best. Any threshold serves a
-    channel that never drives its neuron; it takes the median of the others, or V = 1 if there are none.
-    Raises ValueError if there are no samples or not all of them are finite.
-    """
-    if samples.numel() == 0:
-        raise ValueError(f"calibration got samples of shape {tuple(samples.shape)}; pass at least one row.")
-    # The sum is one cheap pass; as finite samples can overflow it, only a bad one is looked into.
-    if not samples.sum(dtype=torch.float32).isfinite() and not (finite := samples.isfinite()).all():
-        bad = f"{int((~finite).sum())} of {samples.numel()} calibration samples"
-        raise ValueError(f"{bad} are not finite; find the layer that they come from.")
-    rows, channels = samples.shape
-    most = CALIBRATION_SAMPLES[config.threshold]
-    keep = min(rows, most if config.threshold == "channel" else max(1, most // channels))
-    samples = samples.detach()[torch.linspace(0, rows - 1, keep, device=samples.device).long()]
-    if config.threshold == "scalar":
-        samples = samples.reshape(-1, 1)
-    threshold = torch.cat([_least_error(block.float(), config) for block in samples.split(64, dim=1)])
-    silent = threshold.isnan()
-    threshold[silent] = 1.0 if silent.all() else threshold[~silent].median()
-    return threshold.log()
-
-
-def _least_error(samples: Float[Tensor, "n channels"], config: NeuronConfig) -> Float[Tensor, "channels"]:
-    """V of least squared error for each column; NaN where no sample can drive the neuron."""
-    # Every kind is odd in its current or silent below zero, so magnitudes tell all.
-    drive = samples.abs() if _signed(config) else samples.clamp(min=0)
-    peak = drive.amax(0)
-    rms = (torch.linalg.vector_norm(drive, dim=0, dtype=torch.float64) / len(drive) ** 0.5).float()
-    error = _staircase_error(drive, config) if config.tau == 1 else _recurrence_error(drive, config)
-
-    def pick(choices: Float[Tensor, "channels choices"]) -> Float[Tensor, "channels"]:
-        return choices.gather(1, error(choices).argmin(1, keepdim=True))[:, 0]
-
-    # From a V where even the RMS saturates up to the peak, which fits a constant channel exactly; beyond the peak only
-    # neurons whose output differs from a multiple of V can gain.
-    levels = config.tau ** torch.arange(config.time_steps, dtype=torch.float64)
-    low = 0.5 * rms / (1.0 if config.kind == "ternary" else levels.sum().clamp(max=1e6).item())
-    ratio = (peak * (1.0 if has_closed_form(config) else 2.0) / low) ** (1 / 23)
-    grid = low[:, None] * ratio[:, None] ** torch.arange(24, device=low.device)
-    best = pick(torch.cat([peak[:, None], rms[:, None], grid], 1))
-    fine = ratio[:, None] ** torch.linspace(-1, 1, 11, device=low.device)
-    best = pick(torch.cat([best[:, None], best[:, None] * fine], 1))
-    return torch.where(peak > 0, best, torch.nan)
-
-
-def _staircase(config: NeuronConfig) -> tuple[list[float], list[float]]:
-    """At tau = 1: the values of |I| / V at which the output rises, ascending, and the output / V from there on."""
-    steps = config.time_steps
-    if config.kind == "ternary":
-        # A current fires T // n times if n steps lift the membrane to V / 2: (1 - leak^n) / (1 - leak) I >= V / 2.
-        thresholds = [0.5 * (1 - TERNARY_LEAK) / (1 - TERNARY_LEAK**n) for n in range(steps, 0, -1)]
-        return thresholds, [(steps // n) / steps for n in range(steps, 0, -1)]
-    levels = [float(k) for k in range(1, steps + 1)]
-    return [k - (0.5 if config.precharge else 0.0) for k in levels], levels
-
-
-def _staircase_error(drive: Float[Tensor, "n channels"], config: NeuronConfig) -> Callable[[Tensor], Tensor]:
-    """A function of V (channels, choices): the squared error up to sum x^2, by a few look-ups in the sorted samples.
-
-    That is V^2 sum L^2 - 2 V sum x L for the output V L(x / V). With M(y) the sum and N(y) the number of the samples
-    from y up, and L rising to L_j at theta_j: sum x L = sum_j (L_j - L_{j-1}) M(theta_j V), and so for L^2 with N.
-    """
-    thresholds, levels = (torch.tensor(x, dtype=torch.float64, device=drive.device) for x in _staircase(config))
-    before = torch.cat([levels.new_zeros(1), levels[:-1]])
-    # numpy sorts fp32 with vector instructions, several times faster than torch.sort on a CPU.
-    ordered = drive.t().contiguous().cpu()
-    ordered.numpy().sort(axis=1)
-    x = ordered.to(drive.device)
-    below = nn.functional.pad(x.cumsum(1, dtype=torch.float64), (1, 0))
-
-    def error(v: Float[Tensor, "channels choices"]) -> Float[Tensor, "channels choices"]:
-        edges = (v[:, :, None] * thresholds.float()).flatten(1)
-        index = torch.searchsorted(x, edges)
-        number = (x.shape[1] - index).view(*v.shape, -1).double()
-        total = (below[:, -1:] - below.gather(1, index)).view(number.shape)
-        cross, square = total @ (levels - before), number @ (levels.square() - before.square())
-        return v * (v * square - 2 * cross)
-
-    return error
-
-
-def _recurrence_error(drive: Float[Tensor, "n channels"], config: NeuronConfig) -> Callable[[Tensor], Tensor]:
-    """The same by running the neuron for each choice: slower, and right for any leak."""
-
-    def error(v: Float[Tensor, "channels choices"]) -> Float[Tensor, "channels choices"]:
-        outputs = (merge_spikes(recurrence(drive, c, config).spikes, c, config) for c in v.unbind(1))
-        return torch.stack([(output - drive).double().square().sum(0) for output in outputs], 1)
-
-    return error

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import re
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -34,13 +35,19 @@ class MixerSettings:
 
 @dataclass
 class NeuronSettings:
-    """Which neurons go where: a default, the sites, and changes per site (`{down_proj: {time_steps: 16}}`)."""
+    """Which neurons go where: a default, the sites, and changes per site (`{down_proj: {time_steps: 16}}`).
+
+    spike_budget: most MAC-weighted spikes per input that calibrated thresholds may spend; None: as least error wants.
+    """
 
     default: NeuronConfig = field(default_factory=NeuronConfig)
     sites: list[str] = field(default_factory=lambda: list(SITES))
     per_site: dict[str, dict[str, Any]] = field(default_factory=dict)
+    spike_budget: float | None = None
 
     def __post_init__(self) -> None:
+        if self.spike_budget is not None and not 0 < self.spike_budget < math.inf:
+            raise ValueError(f"neurons.spike_budget is {self.spike_budget}; use a number above 0, or null for none.")
         # Checked here, because neurons are inserted when hours of training may have gone by.
         known = [item.name for item in fields(NeuronConfig)]
         for site, changes in self.per_site.items():

@@ -141,7 +141,8 @@ class _RefineRun:
 
     def insert(self, dense: MarForCausalLM) -> MarForCausalLM:
         """The untrained spiking student, thresholds calibrated on the first rows."""
-        return insert_neurons(dense, self.recipe.neurons.by_site(), self.rows().batches(1))
+        neurons = self.recipe.neurons
+        return insert_neurons(dense, neurons.by_site(), self.rows().batches(1), spike_budget=neurons.spike_budget)
 
     def step(self, name: str, make: Callable[[], MarForCausalLM]) -> MarForCausalLM:
         """The model of a step that trains nothing."""

@@ -52,7 +52,7 @@ def insert_to_folder(model: Path, output: Path, neurons: NeuronSettings, text: s
     if dense.config.neurons is not None:
         raise ValueError(f"{model} already has neurons; give the dense folder that it was made from.")
     rows = PackedRows(DataConfig(source=text), tokenizer, vocab_size=dense.config.vocab_size)
-    spiking = insert_neurons(dense, neurons.by_site(), rows.batches(1), tokens)
+    spiking = insert_neurons(dense, neurons.by_site(), rows.batches(1), tokens, neurons.spike_budget)
     provenance = {
         "step": "insert_neurons",
         "settings": {**asdict(neurons), "text": text, "tokens": tokens},

@@ -49,6 +49,7 @@ def insert(
     surrogate: str = "ste",
     sites: list[Literal["in_proj", "out_proj", "gate_up", "down_proj"]] | None = None,
     per_site: list[str] | None = None,
+    spike_budget: float | None = None,
 ) -> Result:
     """Turn a dense MAR folder into a spiking one, thresholds calibrated on a text; trains nothing.
 
@@ -66,13 +67,14 @@ def insert(
         surrogate: the backward shape: ste, rectangle, triangle, arctan, sigmoid.
         sites: where neurons go (default: all four).
         per_site: changes at single sites, as in down_proj.time_steps=16
+        spike_budget: most spikes per input (MAC-weighted r·T), spent where they lower the error most.
     """
     from mar.config import SITES, NeuronConfig
     from mar.recipe import NeuronSettings, site_changes
     from mar.steps import insert_to_folder
 
     default = NeuronConfig(kind, time_steps, tau, threshold, precharge, merge, surrogate)
-    neurons = NeuronSettings(default, list(sites or SITES), site_changes(per_site or []))
+    neurons = NeuronSettings(default, list(sites or SITES), site_changes(per_site or []), spike_budget)
     spiking = insert_to_folder(model, output, neurons, text, tokens)
     return {"folder": str(output), "neurons": sum(neuron.channels for *_, neuron in spiking.neuron_sites())}
 
