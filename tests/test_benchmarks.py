@@ -18,6 +18,7 @@ from mar.neurons import build_neuron
 from mar.optimizer import TrainConfig
 from mar.spikes import SpikeMonitor
 from mar.teachers import Teacher, load_teacher
+from tiny_engine import saved, spiking_model
 from tiny_models import llama_model, mar_config, mar_model, packed_rows, rms_ratio
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -25,6 +26,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import align_quality  # noqa: E402
 import decode  # noqa: E402
+import engine_memory  # noqa: E402
 import llama_peer  # noqa: E402
 import plain  # noqa: E402
 import prefill  # noqa: E402
@@ -311,3 +313,16 @@ def test_peers_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "".join(calls) == "ababba"
     assert seconds == {"a": [1.0, 1.0], "b": [3.0, 3.0]}
     assert timing.speedup(seconds, "a", "b") == 3.0
+
+
+def test_memory_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MAR_CACHE", str(tmp_path))
+    saved(spiking_model(), tmp_path / "student")
+    engine_memory.main(["--json", str(tmp_path / "student"), "--threads", "1", "--prompt", "7", "--tokens", "2"])
+    found = json.loads(capsys.readouterr().out)["bytes"]
+    assert set(found) == {"int8", "int4"}
+    for one in found.values():
+        assert not one["imported_torch"]
+        assert one["peak"] >= one["resident"] >= one["mapped"] > one["packed"] > 0
+        assert one["allowed"] == pytest.approx(1.3 * one["packed"] + 60e6)
+    assert found["int4"]["packed"] < found["int8"]["packed"]
