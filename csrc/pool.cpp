@@ -1,6 +1,7 @@
 #include "pool.hpp"
 
 #include <sched.h>
+#include <unistd.h>
 
 #include <map>
 #include <stdexcept>
@@ -28,14 +29,29 @@ inline void relax() {
 Pool::Pool(int threads) : size_(threads) {
   if (threads < 1 || threads > 256)
     throw std::invalid_argument("threads is " + std::to_string(threads) + "; use 1 to 256.");
+  start();
+}
+
+void Pool::start() {
+  owner_ = getpid();
   try {
     for (int thread = 1; thread < size_; ++thread) workers_.emplace_back([this, thread] { worker(thread); });
   } catch (const std::system_error& error) {
     const std::size_t started = workers_.size() + 1;
     stop();
-    throw std::invalid_argument("threads is " + std::to_string(threads) + ", but no more than " + std::to_string(started) +
+    throw std::invalid_argument("threads is " + std::to_string(size_) + ", but no more than " + std::to_string(started) +
                                 " could be started (" + error.code().message() + "); use fewer.");
   }
+}
+
+void Pool::forget() {
+  // Kept for ever, because these threads can be neither joined nor, unjoined, destroyed.
+  new std::vector<std::thread>(std::move(workers_));
+  workers_.clear();
+  call_.store(0);
+  arrived_.store(0);
+  phase_.store(0);
+  stop_.store(false);
 }
 
 std::shared_ptr<Pool> Pool::shared(int threads) {
@@ -50,18 +66,23 @@ std::shared_ptr<Pool> Pool::shared(int threads) {
   return pool;
 }
 
-Pool::~Pool() { stop(); }
+Pool::~Pool() { owner_ == getpid() ? stop() : forget(); }
 
 void Pool::stop() {
   stop_.store(true, std::memory_order_relaxed);
   call_.fetch_add(1, std::memory_order_release);
   call_.notify_all();
   for (auto& thread : workers_) thread.join();
+  workers_.clear();
 }
 
 void Pool::run(const std::function<void(int)>& body) {
   const std::lock_guard<std::mutex> lock(turn_);
   if (size_ == 1) return body(0);
+  if (owner_ != getpid()) {
+    forget();
+    start();
+  }
   body_ = &body;
   running_.store(size_ - 1, std::memory_order_relaxed);
   call_.fetch_add(1, std::memory_order_release);

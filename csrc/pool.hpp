@@ -32,9 +32,12 @@ class Pool {
 
  private:
   void worker(int thread);
+  void start();
   void stop();
+  void forget();  // of a forked process, which has the pool but none of its threads
 
   const int size_;
+  int owner_ = 0;  // the process that the workers run in
   std::mutex turn_;
   std::vector<std::thread> workers_;
   const std::function<void(int)>* body_ = nullptr;

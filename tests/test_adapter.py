@@ -1,6 +1,7 @@
 """The engine in a torch model's place: logits, states, figures and answers are those of the model it came from."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -192,6 +193,22 @@ def test_the_folders_generation_config_counts(folders: Path, native: EngineModel
     native.generation_config.eos_token_id = None
     native.config.eos_token_id = None
     assert stop_ids(native) == set()
+
+
+def test_a_wrong_config_is_one_sentence(folders: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = Path(shutil.copytree(folders / "spiking", tmp_path / "copy"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "chunk_size": 0}))
+    with pytest.raises(ValueError, match="chunk_size is 0; it must be"):
+        load_engine(folder)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_damaged_generation_config_is_named(folders: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(folders / "spiking", tmp_path / "copy"))
+    (folder / "generation_config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"generation_config\.json is damaged"):
+        load_engine(folder)
 
 
 @pytest.mark.parametrize(

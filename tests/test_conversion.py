@@ -514,6 +514,9 @@ def test_inserting_neurons_needs_text_and_a_dense_model():
     neurons = site_neurons(NeuronConfig())
     with pytest.raises(ValueError, match="no text to calibrate thresholds on; give insert_neurons at least one batch"):
         insert_neurons(mar_model(), neurons, [])
+    for tokens in (0, -1):
+        with pytest.raises(ValueError, match=f"thresholds on are {tokens}; use at least 1"):
+            insert_neurons(mar_model(), neurons, [], tokens)
     with pytest.raises(ValueError, match="already has neurons; insert them into its dense"):
         insert_neurons(mar_model(neurons=neurons), neurons, batches())
 

@@ -1,6 +1,7 @@
 """The census reproduces the published lengths, counts what the real modules hold, and the counter reader is exact."""
 
 import json
+import math
 import runpy
 import sys
 from pathlib import Path
@@ -341,6 +342,7 @@ def test_side_by_side_has_every_column_for_every_model_and_table():
     ("call", "message"),
     [
         (lambda: census(TINY_LLAMA, 0), "context is 0"),
+        (lambda: census(TINY_LLAMA, math.nan), "context is nan"),
         (lambda: census(TINY_LLAMA, 5, averaging="mean"), "averaging is 'mean'"),
         (lambda: census(TINY_LLAMA, 5, {"in_proj": SiteRate(0.5, 0.5)}), "LLaMA, which has no neurons"),
         (lambda: census(GPT2Config(), 5), "no census for 'gpt2'"),

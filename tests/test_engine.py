@@ -1,6 +1,7 @@
 """The engine beside torch: logits, codes, counters, states, sampling, and what it says to wrong input."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -357,6 +358,39 @@ def test_damaged_and_foreign_states_are_refused(native: Engine, tmp_path: Path):
         native.load_state(tmp_path / "nothing")
 
 
+@pytest.mark.parametrize(
+    "changes", [{"tokens": np.int64(-1)}, {"tokens": np.float64(1e30)}, {"ssm": np.nan}, {"conv": np.inf}]
+)
+def test_states_that_no_text_leaves_behind_are_refused(native: Engine, tmp_path: Path, changes: dict[str, Any]):
+    native.save_state(native.new_state(), tmp_path / "a.state")
+    with np.load(tmp_path / "a.state") as found:
+        parts = dict(found)
+    for name, value in changes.items():
+        parts[name] = np.full(parts[name].shape, value, np.asarray(parts[name]).dtype if name != "tokens" else None)
+    with open(tmp_path / "b.state", "wb") as file:
+        np.savez(file, **parts)
+    with pytest.raises(ValueError, match=r"b\.state holds a state that no text leaves behind; save it again"):
+        native.load_state(tmp_path / "b.state")
+
+
+@pytest.mark.parametrize("threads", [0, -1, 257, 1 << 31, 1 << 80, -(1 << 80)])
+def test_impossible_numbers_of_threads_are_refused(native: Engine, threads: int):
+    with pytest.raises(ValueError, match=f"threads is {threads}; use 1 to 256"):
+        Engine(native.packed, threads)
+
+
+def test_fewer_than_no_tokens_are_refused(native: Engine):
+    assert native.generate([1], 0) == []
+    with pytest.raises(ValueError, match="max_new_tokens is -1; use 0 or more"):
+        native.generate([1], -1)
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-46, 1e-320])
+def test_a_tiny_temperature_takes_the_likeliest(temperature: float):
+    logits = np.array([1, 3, 2, -50], np.float32)
+    assert sample(logits, temperature, 1.0, None, np.random.default_rng(0)) == 1
+
+
 def test_another_models_state_is_refused(native: Engine, tmp_path: Path):
     other = engine(mar_model(seed=5, **RAGGED), tmp_path)
     other.save_state(other.new_state(), tmp_path / "other.state")
@@ -503,6 +537,24 @@ def test_two_engines_in_two_threads(tmp_path: Path):
     assert alone[0] != alone[1]
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(write, engines * 2)) == alone * 2
+
+
+def test_a_forked_process_has_threads_of_its_own(tmp_path: Path):
+    native = engine(mar_model(), tmp_path, threads=2)
+    expected = native.generate([1, 2, 3], 5, temperature=0)
+    reading, writing = os.pipe()
+    if not (child := os.fork()):
+        try:
+            found = native.generate([1, 2, 3], 5, temperature=0)
+            del native  # whose threads are not here to be waited for
+            os.write(writing, bytes(found))
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as answer:
+        assert list(answer.read()) == expected
+    assert os.waitpid(child, 0)[1] == 0
+    assert native.generate([1, 2, 3], 5, temperature=0) == expected
 
 
 def test_the_results_are_the_callers_own(native: Engine):

@@ -1,3 +1,4 @@
+import errno
 import json
 import pickle
 import shutil
@@ -9,10 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from mar.checkpoint import DiskFull
 from mar.config import NeuronConfig, site_neurons
-from mar.folder import digest, load, load_student, load_tokenizer, model_type, save_student
+from mar.folder import digest, load, load_student, load_tokenizer, model_type, read_provenance, save_student
 from mar.model import MarForCausalLM
 from tiny_models import mar_model
+from tiny_recipes import files_of
 
 PROVENANCE = {"step": "spike", "teacher": {"name": "tiny", "kind": "folder", "license": "MIT"}, "tokens": 1234}
 
@@ -50,6 +53,36 @@ def test_what_is_saved_is_loaded(saved: Path) -> None:
 def test_loading_says_nothing(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
     load_student(saved)
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_failed_save_leaves_what_was_there(
+    copied: Path, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = files_of(copied)
+    monkeypatch.setattr(type(tiny_tokenizer), "save_pretrained", full)
+    for folder in (copied, tmp_path / "new"):
+        with pytest.raises(DiskFull):
+            save_student(mar_model(seed=1, vocab_size=320), tiny_tokenizer, folder, PROVENANCE)
+    assert files_of(copied) == before
+    assert not any((tmp_path / "new").iterdir())
+
+
+def test_damaged_provenance_is_named(copied: Path) -> None:
+    assert read_provenance(copied)["tokens"] == 1234
+    for content in ("", "{", "[]", "{}", "null", '{"teacher": 3}', "[" * 100_000):
+        (copied / "provenance.json").write_text(content)
+        with pytest.raises(ValueError, match=r"provenance\.json is damaged \(.*\); restore it, or remove"):
+            read_provenance(copied)
+
+
+def test_a_tied_config_over_a_head_of_its_own(copied: Path) -> None:
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    with pytest.raises(ValueError, match=r"do not belong together \(see 'lm_head.weight'\)"):
+        load_student(copied)
 
 
 def test_a_tied_head_is_loaded(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

@@ -424,3 +424,16 @@ def test_the_benchmark_counts_what_was_written(
         assert peer["tokens_per_second"] == pytest.approx(peer["tokens"] / peer["seconds"])
     parts = found["step_milliseconds"]
     assert 0 < parts["attention"] < parts["model"]
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-46, 1e-320])
+def test_a_tiny_temperature_takes_the_likeliest(temperature: float) -> None:
+    assert sample(torch.tensor([[1.0, 3.0, 2.0, -50.0]]), temperature).tolist() == [1]
+
+
+def test_a_prompt_that_is_no_unicode_is_refused(
+    tiny_tokenizer: PreTrainedTokenizerFast, bare_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    for tokenizer in (tiny_tokenizer, bare_tokenizer):
+        with pytest.raises(ValueError, match=r"the text holds '\\udcff' near"):
+            prompt_ids(tokenizer, "caf\udcff")

@@ -111,6 +111,13 @@ def test_the_report_is_written_again_from_results(outcome: Outcome, tmp_path: Pa
     assert "MODELLED" in err
 
 
+@pytest.mark.parametrize("content", ["", "{}", "[]", "null", '{"report": 3}', '{"report": {"rows": 3}}'])
+def test_damaged_results_are_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(ValueError, match=r"(?s)results\.json is damaged \(.*\); remove it and run"):
+        write_report(tmp_path)
+
+
 def test_without_results_there_is_no_report(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"holds no results\.json; run `mar refine` or `mar quickstart`"):
         write_report(tmp_path)

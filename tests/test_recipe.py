@@ -1,3 +1,4 @@
+import math
 import re
 from dataclasses import asdict, replace
 from functools import cache
@@ -255,3 +256,10 @@ def test_debug_size_is_small_and_a_copy(name: str) -> None:
     assert [asdict(stage) | {"train": 0} for stage in small.stages.values()] == [
         asdict(stage) | {"train": 0} for stage in recipe.stages.values()
     ]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -0.1])
+@pytest.mark.parametrize("name", ["alpha", "beta", "threshold_lr_scale", "energy_target", "energy_weight"])
+def test_weights_of_a_loss_are_numbers_from_0_up(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{name} is {value}; it must be a number from 0 up"):
+        StageConfig("spike", **{name: value})  # type: ignore[arg-type]

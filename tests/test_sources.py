@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mar.sources import HUB_PRESETS, DataConfig, Document, LocalFiles, open_source, read_document
+from mar.sources import HUB_PRESETS, DataConfig, Document, LocalFiles, check_text, open_source, read_document
 
 RECORDS = [{"text": f"Document number {number}."} for number in range(23)]
 
@@ -179,6 +179,7 @@ BAD: dict[str, tuple[bytes | None, dict[str, Any], str]] = {
     "no.parquet": (b"PAR1", {}, "no.parquet is truncated or damaged"),
     "no.jsonl.gz": (gzip.compress(bytes(range(256)) * 9)[:-40], {}, "no.jsonl.gz is truncated or damaged"),
     "plain.jsonl.gz": (b'{"text": "x"}', {}, "plain.jsonl.gz is truncated or damaged"),
+    "deep.jsonl": (b"[" * 200_000, {}, "deep.jsonl:1 is no JSON"),
     "empty.jsonl": (b"", {}, "holds no documents; "),
     "short.jsonl": (b'{"text": "x"}\n', {"skip": 1}, "holds no documents after the 1 skipped"),
 }
@@ -208,6 +209,17 @@ def test_a_damaged_page_of_a_parquet_file_is_one_sentence(tmp_path: Path) -> Non
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"a\.parquet is truncated or damaged"):
         list(open_source(DataConfig(str(path))).windows(0, 0, 0))
+
+
+def test_a_home_that_is_not_there() -> None:
+    with pytest.raises(FileNotFoundError, match="names no home folder"):
+        open_source(DataConfig("~nobody-of-this-name/text.txt"))
+
+
+def test_half_a_surrogate_pair_is_no_text() -> None:
+    check_text("naïve 🙂 \0")
+    with pytest.raises(ValueError, match=r"the text holds '\\ud800' near 'a\\ud800b', no Unicode"):
+        check_text("a\ud800b")
 
 
 def test_a_folder_must_hold_one_kind_of_data(tmp_path: Path) -> None:

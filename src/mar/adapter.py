@@ -22,6 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from mar.config import SITES, MarConfig, Site
 from mar.costs import energy
 from mar.folder import load_tokenizer
+from mar.quiet import quiet
 from mar.spikes import SiteRate
 
 BLOCK = 256
@@ -175,7 +176,12 @@ def load_engine(
         raise ValueError(str(error)) from error
     engine = Engine.from_pretrained(folder, precision, threads=threads)
     tokenizer = load_tokenizer(folder)
-    config, generation = MarConfig.from_pretrained(folder), None
-    with suppress(OSError):
-        generation = GenerationConfig.from_pretrained(folder)
+    generation = None
+    with quiet():
+        config = MarConfig.from_pretrained(folder)
+        try:
+            with suppress(OSError):
+                generation = GenerationConfig.from_pretrained(folder)
+        except (TypeError, AttributeError) as error:
+            raise ValueError(f"{Path(folder) / 'generation_config.json'} is damaged ({error}); restore it.") from error
     return EngineModel(engine, config, generation), tokenizer

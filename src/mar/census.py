@@ -9,6 +9,7 @@ tokens, in which a token sees (L + 1) / 2 keys on average.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -101,7 +102,7 @@ def census(config: PreTrainedConfig, context: Number, rates: Rates | None = None
     input fires. The scan is charged as the recurrence, the head for every token.
     Raises ValueError for another architecture, a context below 1, and rates that do not fit the neurons.
     """
-    if context < 1:
+    if not 1 <= context < math.inf:
         raise ValueError(f"context is {context}; it counts the token itself, so use 1 or more.")
     if averaging not in AVERAGINGS:
         raise ValueError(f"averaging is {averaging!r}; use 'decode' or 'prefill'.")

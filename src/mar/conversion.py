@@ -294,6 +294,8 @@ def insert_neurons(
     """
     if dense.config.neurons is not None:
         raise ValueError("The model already has neurons; insert them into its dense stage-1 folder instead.")
+    if tokens < 1:
+        raise ValueError(f"The tokens to calibrate thresholds on are {tokens}; use at least 1.")
     config = MarConfig(**{**dense.config.to_dict(), "neurons": neurons})
     spiking = MarForCausalLM(config).to(dense.device)  # type: ignore[arg-type]
     spiking.load_state_dict(dense.state_dict(), strict=False)

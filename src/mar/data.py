@@ -22,7 +22,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mar.sources import DataConfig, Document, first_line, open_source, shuffled
+from mar.sources import DataConfig, Document, check_text, first_line, open_source, shuffled
 
 _TOKENISE = 256  # documents a call: enough to keep all cores busy, small enough that a resume wastes little
 _ROW_GROUP = 1024  # documents of a written file that are read as one block
@@ -196,6 +196,8 @@ class PackedRows:
     def _tokenise(self, texts: list[str], special: bool) -> list[list[int]]:
         if not texts:
             return []
+        for text in texts:
+            check_text(text)
         options: Any = {"add_special_tokens": special, "return_attention_mask": False, "verbose": False}
         found: Any = self._tokenizer(texts, **options)
         return found["input_ids"]
@@ -246,4 +248,9 @@ def write_documents(path: Path, documents: Sequence[Int[Tensor, "_"]], meta: Map
 
 def read_meta(path: Path) -> dict[str, Any]:
     """What `write_documents` was told about the documents in a file; empty for a parquet file of other origin."""
-    return json.loads((pq.read_schema(path).metadata or {}).get(b"mar", b"{}"))
+    try:
+        return json.loads((pq.read_schema(path).metadata or {}).get(b"mar", b"{}"))
+    except (pa.ArrowException, ValueError) as error:
+        raise ValueError(
+            f"{path} is truncated or damaged ({first_line(error)}); remove it and make it again."
+        ) from error

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from copy import deepcopy
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -15,11 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from mar.checkpoint import explain_disk_full, write_json_atomically
+from mar.checkpoint import TEMPORARY, explain_disk_full, write_json_atomically
 from mar.compact import DamagedWeights, compress
 from mar.model import MarForCausalLM
 from mar.quiet import quiet
@@ -37,6 +38,8 @@ def save_student(
 ) -> None:
     """Write a plain Hugging Face folder, provenance.json last: a folder that has it is whole.
 
+    All files are written aside first, so that a full disk or a kill leaves what `folder` held before.
+
     provenance: JSON values, among them `step`, `teacher` and `tokens`; date and package versions are added. compact:
     `precision` and `head` of a compact folder (see mar.compact), in fewer bytes throughout; ValueError if unknown.
     """
@@ -50,19 +53,24 @@ def save_student(
     }
     with explain_disk_full(folder), quiet():
         folder.mkdir(parents=True, exist_ok=True)
-        if tensors is None:
-            student.save_pretrained(folder)
-        else:
-            named = {name: _tensor(array) for name, array in tensors.items()}
-            save_file(named, folder / "model.safetensors", {"format": "pt"})
-            config = deepcopy(student.config)
-            config.compact = compact
-            config.save_pretrained(folder)
-            student.generation_config.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        if compact is not None:
-            _minify(folder / "tokenizer.json")
-        (folder / "README.md").write_text(model_card(student, provenance, compact))
+        with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=folder) as work:
+            draft = Path(work)
+            if tensors is None:
+                student.save_pretrained(draft)
+            else:
+                named = {name: _tensor(array) for name, array in tensors.items()}
+                save_file(named, draft / "model.safetensors", {"format": "pt"})
+                config = deepcopy(student.config)
+                config.compact = compact
+                config.save_pretrained(draft)
+                student.generation_config.save_pretrained(draft)
+            tokenizer.save_pretrained(draft)
+            if compact is not None:
+                _minify(draft / "tokenizer.json")
+            (draft / "README.md").write_text(model_card(student, provenance, compact), encoding="utf-8")
+            # config.json after the others: where it lies, a new folder counts as taken.
+            for file in sorted(draft.iterdir(), key=lambda file: file.name == "config.json"):
+                file.replace(folder / file.name)
         write_json_atomically(folder / "provenance.json", {**provenance, **made})
 
 
@@ -112,6 +120,9 @@ def load_student(folder: str | Path) -> MarForCausalLM:
         problem = " ".join(str(error).split()).rstrip(".")
         raise ValueError(f"{folder / 'config.json'} describes no MAR model ({problem}); restore it.") from error
     student, info = loaded
+    if student.config.tie_word_embeddings:
+        with safe_open(weights, framework="pt") as file:  # transformers passes over a head that tying replaces
+            info["unexpected_keys"] |= {name for name in file.keys() if name.startswith("lm_head.")}  # noqa: SIM118
     wrong = sorted([*info["missing_keys"], *info["unexpected_keys"], *(key for key, *_ in info["mismatched_keys"])])
     if wrong:
         raise ValueError(
@@ -136,8 +147,19 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{folder} holds no {file.name}; {GIVE_A_FOLDER}.")
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{file} is damaged ({error}); restore it.") from error
+
+
+def read_provenance(folder: str | Path) -> dict[str, Any]:
+    """provenance.json as it stands. Raises ValueError where it is damaged, FileNotFoundError where there is none."""
+    file = Path(folder) / "provenance.json"
+    try:
+        found = dict(json.loads(file.read_text(encoding="utf-8")))
+        dict(found["teacher"])
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged ({error}); restore it, or remove {folder} and make it again.") from error
+    return found
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
@@ -145,7 +167,8 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     if not (Path(folder) / "tokenizer.json").is_file():
         raise FileNotFoundError(f"{folder} has no tokenizer.json; copy the teacher's tokenizer there.")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # as with a config
         problem = " ".join(str(error).split()).rstrip(".")
         raise ValueError(f"The tokenizer in {folder} cannot be read ({problem}); copy the teacher's there.") from error

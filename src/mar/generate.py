@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from mar.adapter import EngineCache, EngineModel
 from mar.kernels.paged import Pages, Prompt, read_prompt
 from mar.model import MarCache, MarForCausalLM
+from mar.sources import check_text
 
 SAMPLED_ROWS = 16
 """Rows sampled at once: their probabilities over a large vocabulary then stay in the cache of a core."""
@@ -74,7 +75,8 @@ def _probabilities(logits: Tensor, temperature: float, top_p: float, top_k: int 
     """fp32 probabilities (rows, vocab), not normalised again after top_p."""
     if temperature != 1:
         # The shift first: a very small temperature then gives -inf, never inf - inf.
-        logits = (logits.float() - logits.amax(-1, keepdim=True)) / temperature
+        smallest = torch.finfo(torch.float32).tiny
+        logits = (logits.float() - logits.amax(-1, keepdim=True)) / max(temperature, smallest)
     if top_k is not None and top_k < logits.shape[-1]:
         values, kept = logits.topk(top_k)
         logits = torch.full_like(logits, -torch.inf).scatter_(-1, kept, values)
@@ -216,6 +218,7 @@ def stop_ids(model: PreTrainedModel) -> set[int]:
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> Int[Tensor, "1 length"]:
     """Token ids of a prompt: as a user's turn where the tokenizer has a chat template, else as it is."""
+    check_text(prompt)
     if not tokenizer.chat_template:
         return tokenizer(prompt, return_tensors="pt").input_ids.long()
     return _ids(tokenizer, _render(tokenizer, [{"role": "user", "content": prompt}]))
@@ -257,6 +260,7 @@ class Session:
 
     def _turn_ids(self, text: str) -> Tensor:
         """What follows an answer: its end, if the model did not write that itself, and the user's next turn."""
+        check_text(text)
         if not self.tokenizer.chat_template:
             return _ids(self.tokenizer, text)
         answer = "ANSWER"

@@ -91,7 +91,10 @@ def write_report(folder: Path) -> dict[str, Any]:
     path = folder / "results.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no results.json; run `mar refine` or `mar quickstart` into it first.")
-    report = QuickReport.from_dict(json.loads(path.read_text())["report"])
+    try:
+        report = QuickReport.from_dict(json.loads(path.read_text(encoding="utf-8"))["report"])
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it and run the recipe into {folder} again.") from error
     html_report(report, folder / "report.html")
     console = Console(stderr=True)
     console.print(terminal_table(report))

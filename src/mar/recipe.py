@@ -120,6 +120,12 @@ class StageConfig:
     energy_target: float | None = None
     energy_weight: float | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("alpha", "beta", "threshold_lr_scale", "energy_target", "energy_weight"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{name} is {value}; it must be a number from 0 up.")
+
 
 @dataclass
 class Recipe:

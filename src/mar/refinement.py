@@ -21,7 +21,7 @@ import torch
 from mar.checkpoint import explain_disk_full
 from mar.conversion import calibrate_mixers, convert_llama, insert_neurons
 from mar.data import PackedRows, read_meta, write_documents
-from mar.folder import digest, load_student, save_student
+from mar.folder import digest, load_student, read_provenance, save_student
 from mar.generate import write_text
 from mar.model import MarForCausalLM
 from mar.objective import Objective
@@ -159,7 +159,7 @@ class _RefineRun:
             objective = build_objective(stage, student.train(), self.teacher.model, self.dense)
             metrics = train(objective, self.rows(), stage.train, folder / "training", self.progress, settings)
         student = self._written(folder, settings, lambda: (student.eval(), metrics))
-        return student, json.loads((folder / "provenance.json").read_text())["metrics"]
+        return student, read_provenance(folder)["metrics"]
 
     def _written(
         self, folder: Path, settings: dict[str, Any], make: Callable[[], tuple[MarForCausalLM, dict[str, Any]]]
@@ -194,7 +194,7 @@ class _RefineRun:
     def _is_done(self, folder: Path, settings: dict[str, Any]) -> bool:
         if not (folder / "provenance.json").is_file():
             return False
-        _refuse_other(folder, json.loads((folder / "provenance.json").read_text()), settings)
+        _refuse_other(folder, read_provenance(folder), settings)
         return True
 
     def _save(self, student: MarForCausalLM, folder: Path, settings: dict[str, Any], metrics: dict[str, Any]) -> None:

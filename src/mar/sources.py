@@ -238,6 +238,15 @@ def shuffled(size: int, config: DataConfig, *key: int) -> list[int]:
     return np.random.default_rng([config.seed, *key]).permutation(size).tolist()
 
 
+def check_text(text: str) -> None:
+    """Raise ValueError for half a surrogate pair, which JSON and a terminal can bring in and no tokenizer reads."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        near = text[max(0, error.start - 20) : error.end + 20]
+        raise ValueError(f"the text holds {text[error.start]!r} near {near!r}, no Unicode; mend it.") from error
+
+
 def first_line(error: Exception) -> str:
     """The first line of an error's message, to be quoted in ours."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
@@ -249,7 +258,10 @@ def _kind(path: Path) -> str | None:
 
 def _expand(source: str) -> list[Path]:
     """The files that one entry of `source` stands for, sorted by name."""
-    path = Path(source).expanduser()
+    try:
+        path = Path(source).expanduser()
+    except RuntimeError as error:
+        raise FileNotFoundError(f"{source!r} names no home folder ({error}); give the path in full.") from error
     if path.is_dir():
         paths = sorted(file for file in path.iterdir() if file.is_file() and _kind(file))
         if len(kinds := sorted({str(_kind(file)) for file in paths})) > 1:
@@ -332,7 +344,7 @@ def _parse(line: bytes, where: str) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is no JSON ({first_line(error)}); mend or remove that line.") from error
     if not isinstance(record, dict):
         raise ValueError(f"{where} holds no JSON object; mend or remove that line.")

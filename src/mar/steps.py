@@ -6,14 +6,13 @@ Does: what the verbs of these names do, and refuse folders that do not fit each 
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from mar.conversion import calibrate_mixers, convert_llama, convert_llamba, insert_neurons
 from mar.data import PackedRows
-from mar.folder import digest, load_student, load_tokenizer, model_type, read_config, save_student
+from mar.folder import digest, load_student, load_tokenizer, model_type, read_config, read_provenance, save_student
 from mar.model import MarForCausalLM
 from mar.processes import this_process
 from mar.recipe import SPIKING, NeuronSettings, StageConfig
@@ -146,5 +145,4 @@ def _source(folder: Path) -> dict[str, Any]:
 
 def _teacher(folder: Path) -> dict[str, Any]:
     """Where a student's teacher came from; the student itself where its folder does not say."""
-    kept = folder / "provenance.json"
-    return json.loads(kept.read_text())["teacher"] if kept.is_file() else _source(folder)
+    return read_provenance(folder)["teacher"] if (folder / "provenance.json").is_file() else _source(folder)

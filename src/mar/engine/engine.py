@@ -35,6 +35,9 @@ SCORE_BLOCK = 256
 
 MOST_THREADS = 256
 
+SMALLEST = float(np.finfo(np.float32).tiny)
+"""Temperatures below it are 0 in fp32 arithmetic."""
+
 
 class Engine:
     """A MAR model on the native core.
@@ -47,6 +50,8 @@ class Engine:
         self.settings: dict[str, Any] = header["settings"]
         self.packed = packed
         self.threads = min(len(os.sched_getaffinity(0)), MOST_THREADS) if threads is None else threads
+        if not isinstance(self.threads, int) or not 1 <= self.threads <= MOST_THREADS:
+            raise ValueError(f"threads is {self.threads!r}; use 1 to {MOST_THREADS}.")
         self._source = str(header.get("source"))
         self._model = _native.Model(self.settings, arrays, self.threads)
         self.vocab_size: int = self.settings["vocab_size"]
@@ -147,6 +152,8 @@ class Engine:
         state: to go on from, an earlier call's. The last token given out is not yet in it: it is read with the next
         call's `ids`.
         """
+        if max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}; use 0 or more.")
         random, ends = np.random.default_rng(seed), set(stop)
         state = self.new_state() if state is None else state
         logits = self.prefill(state, ids)
@@ -181,6 +188,8 @@ class Engine:
         for name, to in (("conv", state.conv()), ("ssm", state.ssm())):
             if parts[name].shape != to.shape or parts[name].dtype != np.float32:
                 raise ValueError(f"{file} holds a state of another shape; save it again.")
+            if not np.isfinite(parts[name]).all() or not 0 <= tokens < 1 << 63:
+                raise ValueError(f"{file} holds a state that no text leaves behind; save it again.")
             to[:] = parts[name]
         state.set_tokens(tokens)
         return state
@@ -227,7 +236,9 @@ def sample(
         )
     if temperature == 0:
         return int(logits.argmax())
-    scaled = (logits / np.float32(temperature)).astype(np.float64)
+    # The shift first, and never a division by 0: a very small temperature then gives -inf, not inf - inf.
+    with np.errstate(over="ignore"):
+        scaled = ((logits - logits.max()) / np.float32(max(temperature, SMALLEST))).astype(np.float64)
     order = None
     if top_k is not None and top_k < len(scaled):
         order = np.argpartition(-scaled, top_k - 1)[:top_k]

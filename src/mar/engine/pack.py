@@ -207,7 +207,8 @@ def pack(config: dict[str, Any], weights: dict[str, Array], settings: PackSettin
     def fold(at: str, site: str, module: str, *folded: Array) -> list[Array]:
         """The site's thresholds into its linears' inputs; what does not fit a common scale becomes a multiplier."""
         if site not in neurons:
-            left.discard(f"{module}.a")
+            if not settings.neurons:  # else a threshold that the config has no neuron for is an error, as in torch
+                left.discard(f"{module}.a")
             return list(folded)
         inputs = folded[0].shape[1]
         a = take(f"{module}.a", 1 if neurons[site]["threshold"] == "scalar" else inputs)
@@ -306,7 +307,7 @@ def _panels(stored: Array, most: int) -> Array:
 def cache_folder() -> Path:
     """Where packed files are kept: in $MAR_CACHE, else in `mar` in the user's cache folder (as mar.teachers has it)."""
     if own := os.environ.get("MAR_CACHE"):
-        return Path(own) / "packed"
+        return Path(own).expanduser() / "packed"
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mar" / "packed"
 
 
@@ -356,6 +357,8 @@ def write_packed(place: Path, settings: dict[str, Any], arrays: dict[str, Array]
                 file.write(sha.digest())
                 file.flush()
                 os.fsync(file.fileno())
+            # Other processes map it: cut short in place it would end them with a bus error.
+            os.chmod(name, 0o400)
             os.replace(name, place)
         except BaseException:
             Path(name).unlink(missing_ok=True)

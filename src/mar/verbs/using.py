@@ -109,6 +109,7 @@ def energy(
     from transformers import AutoConfig
 
     from mar.costs import compare
+    from mar.folder import model_type
     from mar.spikes import SiteRate
     from mar.teachers import load_teacher
 
@@ -117,6 +118,8 @@ def energy(
     for name in models:
         folder = Path(name)
         is_folder = (folder / "config.json").is_file()
+        if is_folder and not isinstance(model_type(folder), str):
+            raise ValueError(f"{folder / 'config.json'} names no model_type; restore it.")
         config = AutoConfig.from_pretrained(folder) if is_folder else load_teacher(name).model.config
         rates = None
         labels[name] = "no neurons"
