@@ -1,13 +1,16 @@
 """The native training kernels next to torch's and the reference scan, forward and backward, and to memory bandwidth.
 
-Does: time scan, convolution and staircase (ATMN) in turns with their torch versions; put bytes moved over time beside
-those of a plain triad of the same size and dtype. Does not: time projections.
+Does: time scan, convolution and staircase (ATMN) in turns with their torch versions, ATMN with the compiled closed form
+too. Puts bytes that must move over time beside two triads of the same run: one on arrays far beyond the caches, which
+is what memory gives, and one on tensors of the op's own size, which small sizes find in the caches. Freed memory is
+kept, as asking the system for it anew takes longer than the ops. Does not: time projections.
 
     python benchmarks/training_kernels.py [--json] [--lengths 512 2048] [--heads 9 32] [--dtypes fp32 bf16]
 """
 
 from __future__ import annotations
 
+import ctypes
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -18,11 +21,14 @@ from torch import Tensor
 from mar import kernels
 from mar.config import NeuronConfig
 from mar.kernels import chunked, native, reference
-from mar.neurons import _ClosedForm
+from mar.neurons import _ClosedForm, closed_form
 from scan import DTYPES, SIZE, gradients, make_inputs
 from timing import alternate, arguments, environment, finish, settings, show, speedup
 
 TAPS = 4
+MEMORY_MB = 256
+"""Each array of the triad that measures memory."""
+
 Peers = dict[str, Callable[[], object]]
 
 
@@ -67,9 +73,17 @@ def atmn_peers(length: int, heads: int, dtype: torch.dtype) -> tuple[Peers, int]
     def torchs(current: Tensor, threshold: Tensor) -> Tensor:
         return _ClosedForm.apply(current, threshold, config)
 
+    @torch.compile
+    def compiled(current: Tensor, threshold: Tensor) -> Tensor:
+        wide, edge = current.float(), config.time_steps + 0.5
+        soft = (wide / threshold).clamp(-edge, edge)
+        code = closed_form(wide.detach(), threshold.detach(), config)
+        return (threshold * (soft + (code - soft).detach())).to(current.dtype)
+
+    functions: dict[str, Callable[..., Tensor]] = {"native": ours, "torch": torchs, "compiled": compiled}
     peers: Peers = {
         name: lambda function=function: gradients(function, (current, threshold), dy)  # type: ignore[arg-type]
-        for name, function in (("native", ours), ("torch", torchs))
+        for name, function in functions.items()
     }
     return peers, 5 * current.numel() * current.element_size()
 
@@ -80,9 +94,25 @@ def triad(count: int, dtype: torch.dtype) -> tuple[Callable[[], object], int]:
     return lambda: torch.add(b, c, alpha=2), 3 * count * b.element_size()
 
 
+def memory() -> tuple[Callable[[], object], int]:
+    """The same into an old tensor, all arrays too large for any cache: what memory gives; and bytes moved."""
+    a, b, c = (torch.ones(MEMORY_MB * 2**18) for _ in range(3))
+    return lambda: torch.add(b, c, alpha=2, out=a), 3 * a.numel() * a.element_size()
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep what is freed, so that new tensors lie in pages that the process already has."""
+    allocator = ctypes.CDLL(None)
+    if hasattr(allocator, "mallopt"):
+        trim_threshold, mmap_max = -1, -4
+        allocator.mallopt(trim_threshold, 2**31 - 1)
+        allocator.mallopt(mmap_max, 0)
+
+
 def measure(length: int, heads: int, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
-    """Milliseconds and speed-ups of every op, and shares of the bandwidth of the triad that took its turn."""
+    """Milliseconds and speed-ups of every op, and shares of the bandwidths of the triads that took their turns."""
     found: dict[str, Any] = {}
+    large, large_bytes = memory()
     for op in ("scan", "causal_conv", "atmn"):
         moved = 0
         if op == "scan":
@@ -92,18 +122,22 @@ def measure(length: int, heads: int, dtype: torch.dtype, rounds: int) -> dict[st
         probe, probed = triad(length * heads * SIZE * (3 if op == "causal_conv" else 1), dtype)
         # The recurrence takes seconds: its turns are few.
         slow = {"reference": peers.pop("reference")} if "reference" in peers else {}
-        seconds = alternate(peers | {"triad": probe}, rounds)
+        seconds = alternate(peers | {"triad": probe, "memory": large}, rounds)
         slow_seconds = alternate(slow, 1)
         medians = {name: statistics.median(times) for name, times in (seconds | slow_seconds).items()}
-        bandwidth = probed / medians.pop("triad")
+        bandwidth = {"memory": large_bytes / medians.pop("memory"), "triad": probed / medians.pop("triad")}
         found[op] = {
             "milliseconds": {name: 1000 * median for name, median in medians.items()},
-            "speedup": {"torch": speedup(seconds, "native", "torch")}
+            "speedup": {name: speedup(seconds, "native", name) for name in peers if name != "native"}
             | {name: medians[name] / medians["native"] for name in slow},
         }
         if moved:
-            found[op]["triad_gb_per_s"] = bandwidth / 1e9
-            found[op]["share_of_bandwidth"] = {name: moved / median / bandwidth for name, median in medians.items()}
+            found[op]["megabytes_moved"] = moved / 1e6
+            found[op]["gb_per_s"] = {name: rate / 1e9 for name, rate in bandwidth.items()}
+            found[op]["share"] = {
+                probe: {name: moved / median / rate for name, median in medians.items()}
+                for probe, rate in bandwidth.items()
+            }
     return found
 
 
@@ -118,6 +152,7 @@ def main(argv: list[str] | None = None) -> None:
     if native.core is None:
         raise SystemExit(f"There is nothing to measure: {native.REASON}.")
     torch.set_num_threads(options.threads)
+    keep_freed_memory()
     found: dict[str, Any] = {
         "benchmark": "kernels",
         "environment": environment() | {"backends": kernels.backends()},
@@ -132,15 +167,19 @@ def main(argv: list[str] | None = None) -> None:
                 found["cases"][case] = figures
                 show(
                     f"forward and backward, {case}",
-                    ["", "ms", "torch ms", "faster than torch by", "than the reference by", "share of bandwidth"],
+                    ["", "ms", "than torch", "than compiled", "than reference", "MB moved", "of memory", "of triad"],
                     [
                         [
                             op,
                             row["milliseconds"]["native"],
-                            row["milliseconds"]["torch"],
                             row["speedup"]["torch"],
+                            row["speedup"].get("compiled"),
                             row["speedup"].get("reference"),
-                            row.get("share_of_bandwidth", {}).get("native"),
+                            row.get("megabytes_moved"),
+                            *(
+                                row["share"][probe]["native"] if "share" in row else None
+                                for probe in ("memory", "triad")
+                            ),
                         ]
                         for op, row in figures.items()
                     ],

@@ -47,10 +47,13 @@ inline Floats load(const BFloat* from) {
 }
 inline void store(float* to, Floats v) { std::memcpy(to, &v, sizeof v); }
 inline void store(BFloat* to, Floats v) {
+#if defined(__AVX512BF16__)
+  const __m256bh half = _mm512_cvtneps_pbh((__m512)v);  // to nearest, ties to even; what is below 2^-126 becomes zero
+#else
   const Words bits = (Words)v;
   const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
-  const Words keep = (Words)(v == v);
-  const Halves half = __builtin_convertvector((rounded & keep) | (~keep & 0x7fc0), Halves);
+  const Halves half = __builtin_convertvector(v == v ? rounded : Words{} + 0x7fc0, Halves);
+#endif
   std::memcpy(to, &half, sizeof half);
 }
 
@@ -70,9 +73,6 @@ inline void store(T* to, Floats v, std::int64_t count) {
   std::memcpy(to, part, sizeof(T) * static_cast<std::size_t>(count));
 }
 
-inline Floats choose(Ints where, Floats yes, Floats no) {
-  return (Floats)(((Ints)yes & where) | ((Ints)no & ~where));
-}
 
 inline float sum(Floats v) {
   float lanes[W];
@@ -85,8 +85,8 @@ inline float sum(Floats v) {
 // e^x within 2 ulp for x in [-87, 88], and held at the ends of that range; NaN stays NaN.
 inline Floats exponential(Floats x) {
   const Floats low = splat(-87.0f), high = splat(88.0f);
-  x = choose(x < low, low, x);
-  x = choose(x > high, high, x);
+  x = x < low ? low : x;
+  x = x > high ? high : x;
   const Floats magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const Floats shifted = x * 1.44269504088896341f + magic;
   const Floats n = shifted - magic;

@@ -143,5 +143,6 @@ inline bool near(double found, double wanted, double scale, double relative = 1e
 
 void test_kernels(const mar::Variant& variant);
 void test_model(const mar::Variant& variant);
+void test_training(const mar::Variant& variant);
 void test_pool();
 void test_isa();

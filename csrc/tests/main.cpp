@@ -14,6 +14,7 @@ int main() {
     }
     test_kernels(variant);
     test_model(variant);
+    test_training(variant);
     std::printf("%s: passed\n", name);
   }
 }

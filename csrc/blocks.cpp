@@ -1,0 +1,253 @@
+// Many tokens through a linear: dense products of their values or codes with a block of weights. Compiled once per
+// instruction set. Does: bring weights into the order of the multiplying instruction, once for all tokens. Does not:
+// skip anything that is zero (rows.cpp does).
+#include "engine_kernels.hpp"
+#include "engine_vectors.hpp"
+
+namespace mar::MAR_VARIANT {
+
+void block_f32(Block block, int inputs, const float* values, int tokens, float* out, std::size_t out_stride,
+               std::uint8_t*) {
+  const float* weights = reinterpret_cast<const float*>(block.rows);
+  for (int s = 0; s < block.slices; ++s)
+    product(values, inputs, weights + s * kSlice, block.stride / 4, inputs, tokens, out + s * kSlice, out_stride,
+            false);
+}
+
+#if defined(__AVX512BF16__)
+
+namespace {
+
+template <int M>
+inline void tile_bf16(const std::uint16_t* a, std::size_t a_stride, const std::uint8_t* w, int pairs, float* out,
+                      std::size_t out_stride) {
+  F sums[M][4] = {};
+  for (int i = 0; i < pairs; ++i) {
+    __m512bh b[4];
+    for (int v = 0; v < 4; ++v) b[v] = (__m512bh)load<__m512i>(w + (i * 4 + v) * 64);
+    for (int m = 0; m < M; ++m) {
+      std::int32_t two;
+      std::memcpy(&two, a + m * a_stride + 2 * i, 4);
+      const __m512bh x = (__m512bh)_mm512_set1_epi32(two);
+      for (int v = 0; v < 4; ++v) sums[m][v] = (F)_mm512_dpbf16_ps((__m512)sums[m][v], b[v], x);
+    }
+  }
+  // Pairs were made by unpacking: register v = 2 h + u, lane l, element e is output 32 h + 8 l + 4 u + e.
+  for (int m = 0; m < M; ++m)
+    for (int h = 0; h < 2; ++h) {
+      const __m512 u = (__m512)sums[m][2 * h], v = (__m512)sums[m][2 * h + 1];
+      const __m512 a0 = _mm512_shuffle_f32x4(u, v, 0x44), a1 = _mm512_shuffle_f32x4(u, v, 0xee);
+      float* to = out + m * out_stride + 32 * h;
+      store(to, _mm512_shuffle_f32x4(a0, a0, 0xd8));
+      store(to + kLanes, _mm512_shuffle_f32x4(a1, a1, 0xd8));
+    }
+}
+
+}  // namespace
+
+void block_bf16(Block block, int inputs, const float* values, int tokens, float* out, std::size_t out_stride,
+                std::uint8_t* scratch) {
+  const int pairs = (inputs + 1) / 2;
+  // 32 tokens of bf16 inputs at a time beside one slice of paired weights: both stay in the second-level cache.
+  constexpr int kTokens = 32;
+  std::uint8_t* weights = scratch;
+  auto* narrow = reinterpret_cast<std::uint16_t*>(scratch + static_cast<std::size_t>(pairs) * 256);
+  for (int start = 0; start < tokens; start += kTokens) {
+    const int count = std::min(kTokens, tokens - start);
+    for (int m = 0; m < count; ++m) {
+      const float* from = values + static_cast<std::size_t>(start + m) * inputs;
+      std::uint16_t* to = narrow + static_cast<std::size_t>(m) * pairs * 2;
+      to[pairs * 2 - 1] = 0;
+      int i = 0;
+      for (; i + kLanes <= inputs; i += kLanes) store(to + i, _mm512_cvtneps_pbh((__m512)load<F>(from + i)));
+      if (i < inputs) {
+        const __m256bh rest = _mm512_cvtneps_pbh((__m512)load_some(from + i, inputs - i));
+        std::memcpy(to + i, &rest, sizeof(std::uint16_t) * (inputs - i));
+      }
+    }
+    for (int s = 0; s < block.slices; ++s) {
+      for (int i = 0; i < pairs; ++i) {
+        const std::uint8_t* row = block.rows + block.stride * 2 * i + s * kSlice * 2;
+        const bool both = 2 * i + 1 < inputs;
+        for (int h = 0; h < 2; ++h) {
+          const __m512i a = load<__m512i>(row + h * 64);
+          const __m512i b = both ? load<__m512i>(row + block.stride + h * 64) : _mm512_setzero_si512();
+          store(weights + (i * 4 + 2 * h) * 64, _mm512_unpacklo_epi16(a, b));
+          store(weights + (i * 4 + 2 * h + 1) * 64, _mm512_unpackhi_epi16(a, b));
+        }
+      }
+      const std::size_t stride = static_cast<std::size_t>(pairs) * 2;
+      float* to = out + start * out_stride + s * kSlice;
+      const int tokens = count;
+#define MAR_CALL(M) tile_bf16<M>(narrow + m * stride, stride, weights, pairs, to + m * out_stride, out_stride)
+      MAR_TILES(6, MAR_CALL)
+#undef MAR_CALL
+    }
+  }
+}
+
+#else
+
+void block_bf16(Block block, int inputs, const float* values, int tokens, float* out, std::size_t out_stride,
+                std::uint8_t* scratch) {
+  float* weights = reinterpret_cast<float*>(scratch);
+  for (int s = 0; s < block.slices; ++s) {
+    for (int i = 0; i < inputs; ++i) {
+      const auto* row = reinterpret_cast<const std::uint16_t*>(block.rows + block.stride * i) + s * kSlice;
+      for (int v = 0; v < 4; ++v) store(weights + i * kSlice + v * kLanes, bf16_to_float(row + v * kLanes));
+    }
+    product(values, inputs, weights, kSlice, inputs, tokens, out + s * kSlice, out_stride, false);
+  }
+}
+
+#endif
+
+#if defined(__AVX512VNNI__)
+
+namespace {
+
+template <int M>
+inline void dots(const std::int8_t* codes, std::size_t stride, const std::uint8_t* weights, int quads,
+                 __m512i sums[M][4]) {
+  for (int i = 0; i < quads; ++i) {
+    __m512i w[4];
+    for (int v = 0; v < 4; ++v) w[v] = load<__m512i>(weights + (i * 4 + v) * 64);
+    for (int m = 0; m < M; ++m) {
+      std::int32_t four;
+      std::memcpy(&four, codes + m * stride + 4 * i, 4);
+      const __m512i x = _mm512_set1_epi32(four);
+      for (int v = 0; v < 4; ++v) sums[m][v] = _mm512_dpbusd_epi32(sums[m][v], w[v], x);
+    }
+  }
+}
+
+template <int M>
+inline void tile_i8(const std::int8_t* codes, std::size_t stride, const std::uint8_t* weights, int quads,
+                    const float* scales, const std::int32_t* sums, const float* token_scales, float* out,
+                    std::size_t out_stride) {
+  __m512i acc[M][4];
+  for (auto& row : acc)
+    for (auto& one : row) one = _mm512_setzero_si512();
+  dots<M>(codes, stride, weights, quads, acc);
+  for (int m = 0; m < M; ++m) {
+    __m512i ordered[4];
+    in_order(acc[m][0], acc[m][1], acc[m][2], acc[m][3], ordered);
+    const float factor = token_scales ? token_scales[m] : 1.0f;
+    for (int v = 0; v < 4; ++v) {
+      const F total = to_float((I)ordered[v] - 128 * sums[m]);
+      store(out + m * out_stride + v * kLanes, total * (load<F>(scales + v * kLanes) * factor));
+    }
+  }
+}
+
+}  // namespace
+
+void block_i8(Block block, int inputs, const float* scales, const std::int8_t* codes, const std::int32_t* sums,
+              const float* token_scales, int tokens, float* out, std::size_t out_stride, std::uint8_t* scratch) {
+  const int quads = inputs / kQuad;
+  for (int s = 0; s < block.slices; ++s) {
+    for (int i = 0; i < quads; ++i) {
+      const std::uint8_t* row = block.rows + block.stride * kQuad * i + s * kSlice;
+      __m512i mixed[4];
+      interleave(load<__m512i>(row), load<__m512i>(row + block.stride), load<__m512i>(row + 2 * block.stride),
+                 load<__m512i>(row + 3 * block.stride), mixed);
+      for (int v = 0; v < 4; ++v) store(scratch + (i * 4 + v) * 64, mixed[v]);
+    }
+#define MAR_CALL(M)                                                                                               \
+  tile_i8<M>(codes + static_cast<std::size_t>(m) * inputs, inputs, scratch, quads, scales + s * kSlice, sums + m, \
+             token_scales ? token_scales + m : nullptr, out + m * out_stride + s * kSlice, out_stride)
+    MAR_TILES(6, MAR_CALL)
+#undef MAR_CALL
+  }
+}
+
+namespace {
+
+template <int M>
+inline void tile_i4(const std::int8_t* codes, std::size_t stride, const std::uint8_t* weights, int quads,
+                    const std::uint16_t* scales, std::size_t scale_stride, const std::int32_t* sums, int groups,
+                    const float* token_scales, float* out, std::size_t out_stride) {
+  F totals[M][4] = {};
+  for (int g = 0; g < groups; ++g) {
+    constexpr int kQuads = kGroup / kQuad;
+    __m512i acc[M][4];
+    for (auto& row : acc)
+      for (auto& one : row) one = _mm512_setzero_si512();
+    dots<M>(codes + g * kGroup, stride, weights + g * kQuads * 256, std::min(kQuads, quads - g * kQuads), acc);
+    // Scales in the order of the registers: four outputs of each 128-bit lane.
+    __m512i raw[4], mixed[4];
+    for (int v = 0; v < 4; ++v) raw[v] = (__m512i)bf16_to_float(scales + g * scale_stride + v * kLanes);
+    in_order(raw[0], raw[1], raw[2], raw[3], mixed);
+    for (int m = 0; m < M; ++m)
+      for (int v = 0; v < 4; ++v)
+        totals[m][v] += to_float((I)acc[m][v] - 8 * sums[m * groups + g]) * (F)mixed[v];
+  }
+  for (int m = 0; m < M; ++m) {
+    F ordered[4];
+    in_order(totals[m][0], totals[m][1], totals[m][2], totals[m][3], ordered);
+    const float factor = token_scales ? token_scales[m] : 1.0f;
+    for (int v = 0; v < 4; ++v) store(out + m * out_stride + v * kLanes, ordered[v] * factor);
+  }
+}
+
+}  // namespace
+
+void block_i4(Block block, int inputs, const std::uint16_t* scales, std::size_t scale_stride, const std::int8_t* codes,
+              const std::int32_t* sums, const float* token_scales, int tokens, float* out, std::size_t out_stride,
+              std::uint8_t* scratch) {
+  const int quads = inputs / kQuad, groups = (inputs + kGroup - 1) / kGroup;
+  const __m512i low_half = _mm512_set1_epi8(15);
+  for (int s = 0; s < block.slices; ++s) {
+    // A line holds two slices: the even one in its low nibbles, the odd one in its high ones.
+    for (int i = 0; i < quads; ++i) {
+      const std::uint8_t* row = block.rows + block.stride * kQuad * i + s / 2 * kSlice;
+      __m512i mixed[4];
+      interleave(load<__m512i>(row), load<__m512i>(row + block.stride), load<__m512i>(row + 2 * block.stride),
+                 load<__m512i>(row + 3 * block.stride), mixed);
+      for (int v = 0; v < 4; ++v) {
+        const __m512i half = s % 2 ? _mm512_srli_epi16(mixed[v], 4) : mixed[v];
+        store(scratch + (i * 4 + v) * 64, _mm512_and_si512(half, low_half));
+      }
+    }
+#define MAR_CALL(M)                                                                                              \
+  tile_i4<M>(codes + static_cast<std::size_t>(m) * inputs, inputs, scratch, quads, scales + s * kSlice,          \
+             scale_stride, sums + static_cast<std::size_t>(m) * groups, groups,                                  \
+             token_scales ? token_scales + m : nullptr, out + m * out_stride + s * kSlice, out_stride)
+    MAR_TILES(3, MAR_CALL)
+#undef MAR_CALL
+  }
+}
+
+#else
+
+void block_i8(Block block, int inputs, const float* scales, const std::int8_t* codes, const std::int32_t* sums,
+              const float* token_scales, int tokens, float* out, std::size_t out_stride, std::uint8_t*) {
+  std::int32_t acc[kSlice];
+  for (int s = 0; s < block.slices; ++s)
+    for (int m = 0; m < tokens; ++m) {
+      const Block one{block.rows + s * kSlice, block.stride, 1};
+      rows_i8(one, {nullptr, codes + static_cast<std::size_t>(m) * inputs, nullptr, inputs}, acc);
+      const float factor = token_scales ? token_scales[m] : 1.0f;
+      for (int j = 0; j < kSlice; ++j)
+        out[m * out_stride + s * kSlice + j] = (acc[j] - 128 * sums[m]) * (scales[s * kSlice + j] * factor);
+    }
+}
+
+void block_i4(Block block, int inputs, const std::uint16_t* scales, std::size_t scale_stride, const std::int8_t* codes,
+              const std::int32_t* sums, const float* token_scales, int tokens, float* out, std::size_t out_stride,
+              std::uint8_t* scratch) {
+  const int count = (inputs + kGroup - 1) / kGroup;
+  int* ends = reinterpret_cast<int*>(scratch);
+  for (int g = 0; g < count; ++g) ends[g] = std::min(inputs, (g + 1) * kGroup);
+  for (int m = 0; m < tokens; ++m) {
+    const Groups groups{ends, sums + static_cast<std::size_t>(m) * count, scales, scale_stride};
+    float* to = out + m * out_stride;
+    rows_i4(block, {nullptr, codes + static_cast<std::size_t>(m) * inputs, nullptr, inputs}, groups, to);
+    if (token_scales)
+      for (int j = 0; j < block.slices * kSlice; ++j) to[j] *= token_scales[m];
+  }
+}
+
+#endif
+
+}  // namespace mar::MAR_VARIANT

@@ -1,0 +1,170 @@
+// Vectors of 16 floats for the engine's kernels; every instruction set makes of them what it has.
+// Does: load, round, exponential, dot product, gate, small fp32 products, and the byte order of AVX-512's integer
+// products. Does not: hold kernels. Included inside each variant only; all of it is local to the file that includes it.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "kernels.hpp"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace mar::MAR_VARIANT {
+namespace {
+
+using F = float __attribute__((vector_size(64)));
+using I = std::int32_t __attribute__((vector_size(64)));
+constexpr int kLanes = 16;
+
+template <typename V>
+inline V load(const void* from) {
+  V v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+template <typename V>
+inline void store(void* to, V v) {
+  std::memcpy(to, &v, sizeof v);
+}
+inline F splat(float x) { return F{} + x; }
+inline F load_some(const float* from, int n) {
+  F v{};
+  std::memcpy(&v, from, sizeof(float) * n);
+  return v;
+}
+inline F least(F a, F b) { return a < b ? a : b; }
+inline F most(F a, F b) { return a > b ? a : b; }
+inline float sum(F v) {
+  float s = 0;
+  for (int i = 0; i < kLanes; ++i) s += v[i];
+  return s;
+}
+inline F magnitude(F v) { return reinterpret_cast<F>(reinterpret_cast<I>(v) & 0x7fffffff); }
+inline I to_int(F v) { return __builtin_convertvector(v, I); }
+inline F to_float(I v) { return __builtin_convertvector(v, F); }
+// To the nearest, ties to even; right for |v| < 2^22.
+inline F nearest(F v) { return (v + 12582912.0f) - 12582912.0f; }
+
+// Within 2 ulp of exp; the argument is clamped to where the result is a normal number.
+inline F exponential(F x) {
+  x = most(least(x, splat(88.0f)), splat(-87.0f));
+  const F n = nearest(x * 1.44269504088896341f);
+  F r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  F p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  return p * reinterpret_cast<F>((to_int(n) + 127) << 23);
+}
+inline F silu(F x) { return x / (1.0f + exponential(-x)); }
+
+inline F bf16_to_float(const std::uint16_t* from) {
+  using U = std::uint16_t __attribute__((vector_size(32)));
+  using W = std::uint32_t __attribute__((vector_size(64)));
+  return reinterpret_cast<F>(__builtin_convertvector(load<U>(from), W) << 16);
+}
+inline float bf16_to_float(std::uint16_t x) {
+  const std::uint32_t bits = static_cast<std::uint32_t>(x) << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+inline int padded(int n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+inline float dot(const float* x, const float* y, int n) {
+  F total{};
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) total += load<F>(x + i) * load<F>(y + i);
+  float rest = sum(total);
+  for (; i < n; ++i) rest += x[i] * y[i];
+  return rest;
+}
+
+inline void gated(const float* gate, const float* up, int n, float* y) {
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(y + i, silu(load<F>(gate + i)) * load<F>(up + i));
+  if (i < n) {
+    const F v = silu(load_some(gate + i, n - i)) * load_some(up + i, n - i);
+    for (int j = 0; i + j < n; ++j) y[i + j] = v[j];
+  }
+}
+
+// out (m x 64) = a (m x k) times b (k x 64), or plus; for up to M rows of a.
+template <int M>
+inline void tile_float(const float* a, std::size_t a_stride, const float* b, std::size_t b_stride, int k, float* out,
+                       std::size_t out_stride, bool plus) {
+  F sums[M][4];
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < 4; ++v) sums[m][v] = plus ? load<F>(out + m * out_stride + v * kLanes) : F{};
+  for (int i = 0; i < k; ++i) {
+    F w[4];
+    for (int v = 0; v < 4; ++v) w[v] = load<F>(b + i * b_stride + v * kLanes);
+    for (int m = 0; m < M; ++m) {
+      const F x = splat(a[m * a_stride + i]);
+      for (int v = 0; v < 4; ++v) sums[m][v] += x * w[v];
+    }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < 4; ++v) store(out + m * out_stride + v * kLanes, sums[m][v]);
+}
+
+// Calls tile<M> over `tokens` rows, the widest tile first.
+#define MAR_TILES(widest, call)        \
+  for (int m = 0; m < tokens;) {       \
+    const int left = tokens - m;       \
+    if (left >= widest) {              \
+      call(widest);                    \
+      m += widest;                     \
+    } else if (left >= 2) {            \
+      call(2);                         \
+      m += 2;                          \
+    } else {                           \
+      call(1);                         \
+      m += 1;                          \
+    }                                  \
+  }
+
+inline void product(const float* a, std::size_t a_stride, const float* b, std::size_t b_stride, int k, int tokens,
+                    float* out, std::size_t out_stride, bool plus) {
+#define MAR_CALL(M) tile_float<M>(a + m * a_stride, a_stride, b, b_stride, k, out + m * out_stride, out_stride, plus)
+  MAR_TILES(6, MAR_CALL)
+#undef MAR_CALL
+}
+
+#if defined(__AVX512VNNI__)
+
+// Four rows of 64 bytes to four registers, each 16 outputs of four consecutive bytes: register k, lane l, element e is
+// output 16 l + 4 k + e.
+inline void interleave(__m512i r0, __m512i r1, __m512i r2, __m512i r3, __m512i out[4]) {
+  const __m512i a = _mm512_unpacklo_epi8(r0, r1), b = _mm512_unpackhi_epi8(r0, r1);
+  const __m512i c = _mm512_unpacklo_epi8(r2, r3), d = _mm512_unpackhi_epi8(r2, r3);
+  out[0] = _mm512_unpacklo_epi16(a, c);
+  out[1] = _mm512_unpackhi_epi16(a, c);
+  out[2] = _mm512_unpacklo_epi16(b, d);
+  out[3] = _mm512_unpackhi_epi16(b, d);
+}
+
+// Undoes that order: a 4 x 4 transpose of 128-bit lanes.
+template <typename V>
+inline void in_order(V v0, V v1, V v2, V v3, V out[4]) {
+  const __m512i a0 = (__m512i)v0, a1 = (__m512i)v1, a2 = (__m512i)v2, a3 = (__m512i)v3;
+  const __m512i b0 = _mm512_shuffle_i32x4(a0, a1, 0x44), b1 = _mm512_shuffle_i32x4(a0, a1, 0xee);
+  const __m512i b2 = _mm512_shuffle_i32x4(a2, a3, 0x44), b3 = _mm512_shuffle_i32x4(a2, a3, 0xee);
+  out[0] = (V)_mm512_shuffle_i32x4(b0, b2, 0x88);
+  out[1] = (V)_mm512_shuffle_i32x4(b0, b2, 0xdd);
+  out[2] = (V)_mm512_shuffle_i32x4(b1, b3, 0x88);
+  out[3] = (V)_mm512_shuffle_i32x4(b1, b3, 0xdd);
+}
+
+#endif
+
+}  // namespace
+}  // namespace mar::MAR_VARIANT

@@ -1,0 +1,203 @@
+// One token through a linear: the sum of the rows of weights that are asked for. Compiled once per instruction set.
+// Does: read just those rows, in slices of 64 outputs, ahead of time. Does not: list them (linear.cpp).
+#include "engine_kernels.hpp"
+#include "engine_vectors.hpp"
+
+namespace mar::MAR_VARIANT {
+namespace {
+
+// Rows that are worked on together, slice by slice, their sums in registers. What is read next is called into the
+// second-level cache meanwhile: rows that are skipped break the hardware's own streams.
+constexpr int kTogether = 16;
+constexpr int kMostTogether = kGroup + kQuad;
+
+inline const std::uint8_t* row_at(Block block, Rows rows, int r) {
+  return block.rows + block.stride * static_cast<std::size_t>(rows.index ? rows.index[r] : r);
+}
+
+// Calls work(slice, rows, how many, the first one's place in the list) for every slice of each block of rows.
+// end_of(start): where the block ends that starts there.
+template <int Bytes, typename EndOf, typename Work>
+inline void by_blocks(Block block, Rows rows, EndOf end_of, Work work) {
+  const std::uint8_t *now[kMostTogether], *next[kMostTogether];
+  auto fetch = [&](int start, const std::uint8_t** to) {
+    const int count = start < rows.count ? end_of(start) - start : 0;
+    for (int r = 0; r < count; ++r) to[r] = row_at(block, rows, start + r);
+    return count;
+  };
+  int count = fetch(0, now);
+  for (int start = 0; start < rows.count;) {
+    const int after = fetch(start + count, next);
+    for (int s = 0; s < block.slices; ++s) {
+      for (int r = 0; r < after; ++r)
+        for (int line = 0; line < Bytes; line += 64) __builtin_prefetch(next[r] + s * Bytes + line, 0, 2);
+      work(s, now, count, start);
+    }
+    start += count;
+    std::copy(next, next + after, now);
+    count = after;
+  }
+}
+
+template <int Bytes>
+inline void rows_float(Block block, Rows rows, float* acc) {
+  std::fill(acc, acc + block.slices * kSlice, 0.0f);
+  const auto end_of = [&](int start) { return std::min(start + kTogether / 2, rows.count); };
+  by_blocks<Bytes * kSlice>(block, rows, end_of, [&](int s, const std::uint8_t* const* row, int count, int start) {
+    float* to = acc + s * kSlice;
+    F sums[4];
+    for (int k = 0; k < 4; ++k) sums[k] = load<F>(to + k * kLanes);
+    for (int r = 0; r < count; ++r) {
+      const F value = splat(rows.values[start + r]);
+      const std::uint8_t* from = row[r] + s * kSlice * Bytes;
+      for (int k = 0; k < 4; ++k) {
+        if constexpr (Bytes == 4)
+          sums[k] += value * load<F>(from + k * 64);
+        else
+          sums[k] += value * bf16_to_float(reinterpret_cast<const std::uint16_t*>(from + k * 32));
+      }
+    }
+    for (int k = 0; k < 4; ++k) store(to + k * kLanes, sums[k]);
+  });
+}
+
+}  // namespace
+
+void rows_f32(Block block, Rows rows, float* acc) { rows_float<4>(block, rows, acc); }
+void rows_bf16(Block block, Rows rows, float* acc) { rows_float<2>(block, rows, acc); }
+
+#if defined(__AVX512VNNI__)
+
+namespace {
+
+inline __m512i four_codes(const std::int8_t* codes) {
+  std::int32_t four;
+  std::memcpy(&four, codes, 4);
+  return _mm512_set1_epi32(four);
+}
+
+}  // namespace
+
+void rows_i8(Block block, Rows rows, std::int32_t* acc) {
+  std::fill(acc, acc + block.slices * kSlice, 0);
+  const auto end_of = [&](int start) { return std::min(start + kTogether, rows.count); };
+  by_blocks<kSlice>(block, rows, end_of, [&](int s, const std::uint8_t* const* row, int count, int start) {
+    __m512i sums[4] = {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512()};
+    for (int r = 0; r < count; r += kQuad) {
+      const std::size_t at = static_cast<std::size_t>(s) * kSlice;
+      __m512i mixed[4];
+      interleave(load<__m512i>(row[r] + at), load<__m512i>(row[r + 1] + at), load<__m512i>(row[r + 2] + at),
+                 load<__m512i>(row[r + 3] + at), mixed);
+      const __m512i codes = four_codes(rows.codes + start + r);
+      for (int k = 0; k < 4; ++k) sums[k] = _mm512_dpbusd_epi32(sums[k], mixed[k], codes);
+    }
+    __m512i out[4];
+    in_order(sums[0], sums[1], sums[2], sums[3], out);
+    for (int k = 0; k < 4; ++k) {
+      std::int32_t* to = acc + s * kSlice + k * kLanes;
+      store(to, load<I>(to) + (I)out[k]);
+    }
+  });
+}
+
+void rows_i4(Block block, Rows rows, Groups groups, float* out) {
+  const __m512i low_half = _mm512_set1_epi8(15);
+  std::fill(out, out + block.slices * kSlice, 0.0f);
+  int at = 0;
+  const auto end_of = [&](int start) { return groups.end_after(start); };
+  by_blocks<kSlice>({block.rows, block.stride, block.slices / 2}, rows, end_of,
+                    [&](int s, const std::uint8_t* const* row, int count, int start) {
+    __m512i low[4], high[4];
+    for (int k = 0; k < 4; ++k) low[k] = high[k] = _mm512_setzero_si512();
+    for (int r = 0; r < count; r += kQuad) {
+      const std::size_t line = static_cast<std::size_t>(s) * kSlice;
+      __m512i mixed[4];
+      interleave(load<__m512i>(row[r] + line), load<__m512i>(row[r + 1] + line), load<__m512i>(row[r + 2] + line),
+                 load<__m512i>(row[r + 3] + line), mixed);
+      const __m512i codes = four_codes(rows.codes + start + r);
+      for (int k = 0; k < 4; ++k) {
+        low[k] = _mm512_dpbusd_epi32(low[k], _mm512_and_si512(mixed[k], low_half), codes);
+        // High nibbles are left where they are, sixteen times too large.
+        high[k] = _mm512_dpbusd_epi32(high[k], _mm512_andnot_si512(low_half, mixed[k]), codes);
+      }
+    }
+    while (groups.ends[at] <= start) ++at;
+    const int group = (rows.index ? rows.index[start] : start) / kGroup;
+    const std::uint16_t* scales = groups.scales + group * groups.scale_stride + 2 * s * kSlice;
+    float* to = out + 2 * s * kSlice;
+    __m512i ordered[4];
+    in_order(low[0], low[1], low[2], low[3], ordered);
+    for (int k = 0; k < 4; ++k, to += kLanes, scales += kLanes)
+      store(to, load<F>(to) + to_float((I)ordered[k] - 8 * groups.sums[at]) * bf16_to_float(scales));
+    in_order(high[0], high[1], high[2], high[3], ordered);
+    for (int k = 0; k < 4; ++k, to += kLanes, scales += kLanes)
+      store(to, load<F>(to) + to_float(((I)ordered[k] >> 4) - 8 * groups.sums[at]) * bf16_to_float(scales));
+    if (s + 1 == block.slices / 2) ++at;
+  });
+}
+
+#else
+
+namespace {
+
+// 16 weights of one row, widened: of one slice, or of the low or high nibbles of two.
+using Short16 = std::int16_t __attribute__((vector_size(32)));
+using UByte16 = std::uint8_t __attribute__((vector_size(16)));
+inline Short16 widen(const std::uint8_t* from) { return __builtin_convertvector(load<UByte16>(from), Short16); }
+
+// Adds c0 w0 + c1 w1 to 16 sums.
+inline void add_pair(Short16 w0, Short16 w1, std::int8_t c0, std::int8_t c1, std::int32_t* sums) {
+#if defined(__AVX2__)
+  const __m256i codes = _mm256_set1_epi32(static_cast<std::int32_t>(static_cast<std::uint32_t>(c1) << 16) |
+                                          (static_cast<std::int32_t>(c0) & 0xffff));
+  const __m256i low = _mm256_unpacklo_epi16((__m256i)w0, (__m256i)w1);
+  const __m256i high = _mm256_unpackhi_epi16((__m256i)w0, (__m256i)w1);
+  const __m256i first = _mm256_permute2x128_si256(low, high, 0x20);   // outputs 0-7
+  const __m256i second = _mm256_permute2x128_si256(low, high, 0x31);  // outputs 8-15
+  __m256i* to = reinterpret_cast<__m256i*>(sums);
+  _mm256_storeu_si256(to, _mm256_add_epi32(_mm256_loadu_si256(to), _mm256_madd_epi16(first, codes)));
+  _mm256_storeu_si256(to + 1, _mm256_add_epi32(_mm256_loadu_si256(to + 1), _mm256_madd_epi16(second, codes)));
+#else
+  for (int i = 0; i < 16; ++i)
+    sums[i] += static_cast<std::int32_t>(w0[i]) * c0 + static_cast<std::int32_t>(w1[i]) * c1;
+#endif
+}
+
+}  // namespace
+
+void rows_i8(Block block, Rows rows, std::int32_t* acc) {
+  std::fill(acc, acc + block.slices * kSlice, 0);
+  const auto end_of = [&](int start) { return std::min(start + kTogether, rows.count); };
+  by_blocks<kSlice>(block, rows, end_of, [&](int s, const std::uint8_t* const* row, int count, int start) {
+    for (int r = 0; r < count; r += 2)
+      for (int at = s * kSlice; at < (s + 1) * kSlice; at += 16)
+        add_pair(widen(row[r] + at), widen(row[r + 1] + at), rows.codes[start + r], rows.codes[start + r + 1], acc + at);
+  });
+}
+
+void rows_i4(Block block, Rows rows, Groups groups, float* out) {
+  std::fill(out, out + block.slices * kSlice, 0.0f);
+  int at = 0;
+  const auto end_of = [&](int start) { return groups.end_after(start); };
+  by_blocks<kSlice>({block.rows, block.stride, block.slices / 2}, rows, end_of,
+                    [&](int s, const std::uint8_t* const* row, int count, int start) {
+    std::int32_t sums[2 * kSlice] = {};
+    for (int r = 0; r < count; r += 2)
+      for (int part = 0; part < kSlice; part += 16) {
+        const Short16 w0 = widen(row[r] + s * kSlice + part), w1 = widen(row[r + 1] + s * kSlice + part);
+        const std::int8_t c0 = rows.codes[start + r], c1 = rows.codes[start + r + 1];
+        add_pair(w0 & 15, w1 & 15, c0, c1, sums + part);
+        add_pair(w0 >> 4, w1 >> 4, c0, c1, sums + part + kSlice);
+      }
+    while (groups.ends[at] <= start) ++at;
+    const int group = (rows.index ? rows.index[start] : start) / kGroup;
+    const std::uint16_t* scales = groups.scales + group * groups.scale_stride + 2 * s * kSlice;
+    for (int j = 0; j < 2 * kSlice; ++j)
+      out[2 * s * kSlice + j] += static_cast<float>(sums[j] - 8 * groups.sums[at]) * bf16_to_float(scales[j]);
+    if (s + 1 == block.slices / 2) ++at;
+  });
+}
+
+#endif
+
+}  // namespace mar::MAR_VARIANT

@@ -1,0 +1,320 @@
+// Each training kernel of a variant against a plain loop in double precision, at sizes that fill no vector, segment or
+// chunk. Gradients are held to their definition: what the loss changes by when an input moves a little.
+#include <algorithm>
+#include <functional>
+#include <memory>
+#include <utility>
+
+#include "../training.hpp"
+#include "check.hpp"
+
+using namespace tests;
+
+namespace {
+
+using Doubles = std::vector<double>;
+using Sizes = std::vector<std::int64_t>;
+
+// Values as a kernel reads and writes them, in memory that ends where they end.
+struct Tensor {
+  bool bf16 = false;
+  std::vector<float> wide;
+  std::vector<std::uint16_t> narrow;
+
+  Tensor(std::size_t count, bool bf16) : bf16(bf16), wide(bf16 ? 0 : count, NAN), narrow(bf16 ? count : 0, 0x7fc0) {}
+  Tensor(const std::vector<float>& values, bool bf16) : Tensor(values.size(), bf16) {
+    if (bf16)
+      std::transform(values.begin(), values.end(), narrow.begin(), to_bf16);
+    else
+      wide = values;
+  }
+  mar::Address address() const {
+    return bf16 ? reinterpret_cast<mar::Address>(narrow.data()) : reinterpret_cast<mar::Address>(wide.data());
+  }
+  double operator[](std::size_t i) const { return bf16 ? from_bf16(narrow[i]) : wide[i]; }
+  std::size_t size() const { return bf16 ? narrow.size() : wide.size(); }
+  Doubles doubles() const {
+    Doubles all;
+    for (std::size_t i = 0; i < size(); ++i) all.push_back((*this)[i]);
+    return all;
+  }
+  // (batch, token, head) of a dense tensor.
+  mar::View view(std::int64_t length, std::int64_t heads, std::int64_t width) const {
+    return {address(), length * heads * width, heads * width, width};
+  }
+};
+
+Tensor random(std::size_t count, bool bf16 = false, float scale = 1.0f) { return Tensor(normals(count, scale), bf16); }
+
+std::vector<std::int64_t> documents(std::int64_t batch, std::int64_t length) {
+  std::vector<std::int64_t> ids;
+  for (std::int64_t b = 0; b < batch; ++b)
+    for (std::int64_t t = 0, id = 0; t < length; ++t) ids.push_back(id += integer(0, 6) == 0);
+  return ids;
+}
+
+template <class Found>
+void check_close(const Found& found, const Doubles& wanted, double relative) {
+  double largest = 1;  // sums that cancel are as wrong as their terms, which are of this size at least
+  for (double one : wanted) largest = std::max(largest, std::fabs(one));
+  for (std::size_t i = 0; i < wanted.size(); ++i)
+    CHECK(std::fabs(found[i] - wanted[i]) <= relative * (largest + std::fabs(wanted[i])) + 1e-30);
+}
+
+double weighed(const Doubles& values, const Doubles& weights) {
+  double total = 0;
+  for (std::size_t i = 0; i < values.size(); ++i) total += values[i] * weights[i];
+  return total;
+}
+
+// The gradient by `input` of a smooth loss, by differences in double precision.
+Doubles slopes(Doubles& input, const std::function<double()>& loss) {
+  Doubles gradient;
+  for (double& value : input) {
+    const double at = value, step = 1e-5;  // far less than 0.003, where short vectors of unit length curve
+    value = at + step;
+    const double above = loss();
+    value = at - step;
+    gradient.push_back((above - loss()) / (2 * step));
+    value = at;
+  }
+  return gradient;
+}
+
+void convolution(const mar::Training& table, std::int64_t length, std::int64_t channels, std::int64_t taps, bool bf16) {
+  const std::int64_t batch = 2;
+  const bool packed = integer(0, 1), continues = integer(0, 1);
+  const auto ids = documents(batch, length);
+  const Tensor x = random(batch * length * channels, bf16), past = random(batch * (taps - 1) * channels, bf16);
+  const Tensor weight = random(taps * channels), bias = random(channels), dy = random(x.size(), bf16);
+  Tensor y(x.size(), bf16), dx(x.size(), bf16), dpast(past.size(), false);
+  Tensor dweight(batch * weight.size(), false), dbias(batch * channels, false);
+  mar::ConvCall call;
+  call.batch = batch, call.length = length, call.channels = channels, call.taps = taps, call.bf16 = bf16;
+  call.x = x.view(length, 1, channels), call.y = y.view(length, 1, channels);
+  call.dy = dy.view(length, 1, channels), call.dx = dx.view(length, 1, channels);
+  call.weight = weight.address(), call.bias = bias.address();
+  call.dweight_parts = dweight.address(), call.dbias_parts = dbias.address();
+  if (continues) call.past = past.address(), call.dpast = dpast.address();
+  if (packed) call.document_ids = reinterpret_cast<mar::Address>(ids.data());
+  for (std::int64_t item = 0; item < table.conv_items(call); ++item) {
+    table.conv_forward(call, item);
+    table.conv_backward(call, item);
+  }
+  Doubles wanted(x.size()), wanted_dx(x.size()), wanted_dpast(past.size());
+  Doubles wanted_dweight(dweight.size()), wanted_dbias(dbias.size());
+  for (std::int64_t b = 0; b < batch; ++b)
+    for (std::int64_t t = 0; t < length; ++t)
+      for (std::int64_t c = 0; c < channels; ++c) {
+        const std::size_t at = (b * length + t) * channels + c;
+        wanted[at] += bias[c];
+        wanted_dbias[b * channels + c] += dy[at];
+        for (std::int64_t back = 0; back < taps; ++back) {
+          const std::int64_t from = t - back;
+          if (packed && ids[b * length + std::max<std::int64_t>(from, 0)] != ids[b * length + t]) break;
+          if (from < 0 && !continues) break;
+          const std::size_t tap = (taps - 1 - back) * channels + c;
+          const std::size_t before = (b * (taps - 1) + taps - 1 + from) * channels + c;
+          const std::size_t source = (b * length + from) * channels + c;
+          const double value = from < 0 ? past[before] : x[source];
+          wanted[at] += weight[tap] * value;
+          wanted_dweight[b * taps * channels + tap] += dy[at] * value;
+          (from < 0 ? wanted_dpast[before] : wanted_dx[source]) += dy[at] * weight[tap];
+        }
+      }
+  const double rounding = bf16 ? 0x1p-8 : 1e-6;
+  check_close(y, wanted, rounding);
+  check_close(dx, wanted_dx, rounding);
+  check_close(dweight, wanted_dweight, 1e-5);
+  check_close(dbias, wanted_dbias, 1e-5);
+  if (continues) check_close(dpast, wanted_dpast, 1e-6);
+}
+
+void staircase(const mar::Training& table, std::int64_t rows, std::int64_t channels, bool bf16, bool round) {
+  const float steps = 4, pass = round ? 4.5f : 5.0f;
+  std::vector<float> levels;
+  for (float& one : levels = normals(channels, 0.3f)) one = std::exp(one);
+  std::vector<float> currents(rows * channels);
+  for (std::size_t i = 0; i < currents.size(); ++i) {
+    // Multiples of V and halves between them exactly, what is far out, and anything.
+    const float v = levels[i % channels];
+    const float places[] = {integer(-6, 6) * v, (integer(-6, 6) + 0.5f) * v, normal(1e30f), normal(4.0f), 0.0f, -0.0f};
+    currents[i] = places[integer(0, 5)];
+  }
+  std::vector<float> below = levels;
+  if (round)
+    for (float& one : below) one = std::nextafter(one, 0.0f);
+  const Tensor current(currents, bf16), threshold(levels, false), divisor(below, false);
+  const Tensor gradient = random(current.size(), bf16);
+  Tensor out(current.size(), bf16), dcurrent(current.size(), bf16);
+  mar::StaircaseCall call;
+  call.rows = rows, call.channels = channels, call.bf16 = bf16, call.precharge = round;
+  call.low = -steps, call.high = steps, call.pass_low = -pass, call.pass_high = pass;
+  call.current = current.address(), call.output = out.address();
+  call.threshold = threshold.address(), call.divisor = divisor.address();
+  call.doutput = gradient.address(), call.dcurrent = dcurrent.address();
+  Tensor parts(table.staircase_items(call) * channels, false);
+  call.dthreshold_parts = parts.address();
+  for (std::int64_t item = 0; item < table.staircase_items(call); ++item) {
+    table.staircase_forward(call, item);
+    table.staircase_backward(call, item);
+  }
+  Doubles wanted(channels), found(channels);
+  for (std::size_t i = 0; i < current.size(); ++i) {
+    const std::size_t c = i % channels;
+    const float ratio = static_cast<float>(current[i]) / below[c], v = static_cast<float>(current[i]) / levels[c];
+    const float held = std::clamp(ratio, -steps, steps), code = round ? std::nearbyint(held) : std::trunc(held);
+    const float emitted = code * levels[c];
+    CHECK(bf16 ? std::fabs(out[i] - emitted) <= 0x1p-8 * std::fabs(emitted) : out[i] == emitted);
+    CHECK(std::signbit(out[i]) == std::signbit(current[i]));
+    const bool passes = v > -pass && v < pass;
+    CHECK(dcurrent[i] == (passes ? gradient[i] : 0.0));
+    wanted[c] += gradient[i] * (static_cast<double>(code) - (passes ? v : 0.0));
+  }
+  for (std::size_t i = 0; i < parts.size(); ++i) found[i % channels] += parts[i];
+  check_close(found, wanted, 1e-5);
+}
+
+// A scan's inputs in double precision, and the recurrence that it stands for.
+struct Recurrence {
+  std::int64_t batch = 0, length = 0, heads = 0, width = 0, size = 0;
+  bool gain = false, unit = false, gated = false, skips = false;
+  const std::int64_t* ids = nullptr;
+  Doubles x, b, c, log_decay, first, z, z_bias, skip;
+
+  Doubles vector(const Doubles& all, std::size_t token, double square) const {
+    const auto begin = all.begin() + static_cast<std::ptrdiff_t>(token * size);
+    Doubles one(begin, begin + static_cast<std::ptrdiff_t>(size));
+    double squares = 1e-5;
+    for (double value : one) squares += value * value;
+    if (unit)
+      for (double& value : one) value *= std::sqrt(square / squares);
+    return one;
+  }
+
+  // Outputs, then the last states.
+  std::pair<Doubles, Doubles> run() const {
+    Doubles out(x.size()), last;
+    for (std::int64_t row = 0; row < batch * heads; ++row) {
+      const std::int64_t n = row / heads, h = row % heads;
+      const auto begin = first.begin() + static_cast<std::ptrdiff_t>(row * width * size);
+      Doubles state(begin, begin + static_cast<std::ptrdiff_t>(width * size));
+      for (std::int64_t t = 0; t < length; ++t) {
+        const std::size_t token = (n * length + t) * heads + h;
+        const bool cut = ids && t > 0 && ids[n * length + t] != ids[n * length + t - 1];
+        const double decay = cut ? 0 : std::exp(log_decay[token]), scale = gain ? -std::expm1(log_decay[token]) : 1;
+        const auto one = vector(b, token, 1), other = vector(c, token, static_cast<double>(size));
+        for (std::int64_t p = 0; p < width; ++p) {
+          const std::size_t at = token * width + p;
+          double y = skips ? skip[h] * x[at] : 0;
+          for (std::int64_t i = 0; i < size; ++i) {
+            double& s = state[p * size + i];
+            s = s * decay + scale * x[at] * one[i];
+            y += s * other[i];
+          }
+          const double open = gated ? z[at] + z_bias[h * width + p] : 0;
+          out[at] = gated ? y * open / (1 + std::exp(-open)) : y;
+        }
+      }
+      last.insert(last.end(), state.begin(), state.end());
+    }
+    return {out, last};
+  }
+};
+
+// parts: (batch, count) to count.
+Doubles added_up(const Tensor& parts, std::size_t count) {
+  Doubles sums(count);
+  for (std::size_t i = 0; i < parts.size(); ++i) sums[i % count] += parts[i];
+  return sums;
+}
+
+// whole: the gated op of a mixer; else the scan alone. Slopes take two runs of the recurrence a number, so shapes are
+// small unless only the outputs are held.
+void scan(const mar::Training& table, const Sizes& shape, bool whole, bool bf16, bool differentiate) {
+  Recurrence truth;
+  truth.batch = 2, truth.length = shape[0], truth.heads = shape[1], truth.width = shape[2], truth.size = shape[3];
+  truth.gain = truth.gated = truth.skips = whole;
+  truth.unit = whole && !bf16;
+  const auto ids = documents(truth.batch, truth.length);
+  if (whole) truth.ids = ids.data();
+  const std::int64_t tokens = truth.batch * truth.length * truth.heads, rows = truth.batch * truth.heads;
+  const std::int64_t inner = truth.heads * truth.width, chunks = (truth.length + table.chunk - 1) / table.chunk;
+  std::vector<float> decays(tokens);
+  for (float& one : decays) one = integer(0, 9) == 0 ? -60.0f : -0.2f * std::fabs(normal()) - 0.01f;
+  const Tensor x = random(tokens * truth.width, bf16), b = random(tokens * truth.size, bf16);
+  const Tensor c = random(tokens * truth.size, bf16), log_decay(decays, false), z = random(x.size(), bf16);
+  const Tensor first = random(rows * truth.width * truth.size), z_bias = random(inner), skip = random(truth.heads);
+  const Tensor dout = random(x.size(), bf16), dlast = random(first.size());
+  Tensor out(x.size(), bf16), kept(x.size(), bf16), states(first.size() * chunks, false), last(first.size(), false);
+  Tensor dx(x.size(), bf16), db(b.size(), bf16), dc(c.size(), bf16), dz(z.size(), bf16), dlog_decay(tokens, false);
+  Tensor dfirst(first.size(), false), dskip(rows, false), dz_bias(truth.batch * inner, false);
+  mar::ScanCall call;
+  call.batch = truth.batch, call.length = truth.length, call.heads = truth.heads;
+  call.width = truth.width, call.size = truth.size, call.bf16 = bf16, call.gain = truth.gain, call.unit = truth.unit;
+  const auto wide = [&](const Tensor& of) { return of.view(truth.length, truth.heads, truth.width); };
+  const auto long_ = [&](const Tensor& of) { return of.view(truth.length, truth.heads, truth.size); };
+  call.x = wide(x), call.b = long_(b), call.c = long_(c), call.out = wide(out);
+  call.dout = wide(dout), call.dx = wide(dx), call.db = long_(db), call.dc = long_(dc);
+  call.log_decay = log_decay.address(), call.first = first.address(), call.states = states.address();
+  call.last = last.address(), call.dlast = dlast.address(), call.dlog_decay = dlog_decay.address();
+  call.dfirst = dfirst.address();
+  if (whole) {
+    call.document_ids = reinterpret_cast<mar::Address>(ids.data());
+    call.skip = skip.address(), call.z = wide(z), call.z_bias = z_bias.address(), call.kept = kept.address();
+    call.dz = wide(dz), call.dskip_parts = dskip.address(), call.dz_bias_parts = dz_bias.address();
+  }
+  // The kernels' memory starts at a cache line, and ends with the last float that they ask for.
+  const auto floats = static_cast<std::size_t>(table.scan_scratch(call));
+  struct Free {
+    void operator()(float* memory) const { std::free(memory); }
+  };
+  const std::unique_ptr<float, Free> scratch(static_cast<float*>(std::aligned_alloc(64, floats * sizeof(float))));
+  for (std::int64_t item = 0; item < rows; ++item) table.scan_forward(call, item, scratch.get());
+  for (std::int64_t item = 0; item < rows; ++item) table.scan_backward(call, item, scratch.get());
+
+  truth.x = x.doubles(), truth.b = b.doubles(), truth.c = c.doubles(), truth.log_decay = log_decay.doubles();
+  truth.first = first.doubles(), truth.z = z.doubles(), truth.z_bias = z_bias.doubles(), truth.skip = skip.doubles();
+  const auto [wanted, wanted_last] = truth.run();
+  const double rounding = bf16 ? 0.03 : 1e-5;
+  check_close(out, wanted, rounding);
+  check_close(last, wanted_last, rounding);
+  if (!differentiate) return;
+  const Doubles dout_weights = dout.doubles(), dlast_weights = dlast.doubles();
+  const auto loss = [&] {
+    const auto [y, state] = truth.run();
+    return weighed(y, dout_weights) + weighed(state, dlast_weights);
+  };
+  const double limit = bf16 ? 0.05 : 2e-5;
+  check_close(dx, slopes(truth.x, loss), limit);
+  check_close(db, slopes(truth.b, loss), limit);
+  check_close(dc, slopes(truth.c, loss), limit);
+  check_close(dlog_decay, slopes(truth.log_decay, loss), limit);
+  check_close(dfirst, slopes(truth.first, loss), limit);
+  if (!whole) return;
+  check_close(dz, slopes(truth.z, loss), limit);
+  check_close(added_up(dz_bias, inner), slopes(truth.z_bias, loss), limit);
+  check_close(added_up(dskip, truth.heads), slopes(truth.skip, loss), limit);
+}
+
+}  // namespace
+
+void test_training(const mar::Variant& variant) {
+  const mar::Training& table = *variant.training;
+  for (bool bf16 : {false, true}) {
+    for (std::int64_t taps : {1, 2, 3, 4})
+      for (std::int64_t length : {1, 2, 7, 8, 9, 33})
+        for (std::int64_t channels : {1, 15, 16, 17, 70, 300}) convolution(table, length, channels, taps, bf16);
+    convolution(table, 130, 300, 4, bf16);  // several segments and panels
+    for (bool round : {false, true})
+      for (std::int64_t rows : {1, 63, 64, 65})
+        for (std::int64_t channels : {1, 15, 16, 17, 70}) staircase(table, rows, channels, bf16, round);
+    for (bool whole : {false, true}) {
+      scan(table, {1, 1, 1, 1}, whole, bf16, true);
+      scan(table, {3, 2, 5, 3}, whole, bf16, true);
+      scan(table, {table.chunk + 1, 1, 3, 2}, whole, bf16, true);
+      scan(table, {table.chunk, 2, 17, 16}, whole, bf16, false);
+      scan(table, {2 * table.chunk + 3, 2, 33, 64}, whole, bf16, false);
+    }
+  }
+}
