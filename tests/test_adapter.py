@@ -141,6 +141,16 @@ def test_answers_to_tasks_are_the_models(
         assert one.loglikelihoods == pytest.approx(other.loglikelihoods, rel=1e-3)
 
 
+def test_a_choice_of_one_token(native: EngineModel) -> None:
+    context = [3, 4, 5]
+    (short, greedy), (long, _) = native.continuations(context, [[7], [7, 8, 9]])
+    scores = native.engine.score([*context, 7, 8, 9])[-3:]
+    assert (short, long) == (pytest.approx(scores[0], abs=1e-4), pytest.approx(scores.sum(), abs=1e-4))
+    best = int(native.engine.prefill(native.engine.new_state(), context).argmax())
+    assert greedy == (best == 7)
+    assert native.continuations(context, [[best]])[0][1]
+
+
 @torch.no_grad()
 def test_rates_are_the_monitors(folders: Path, spiking: EngineModel) -> None:
     """Up to a code or two that fp32 rounding flips."""

@@ -219,7 +219,11 @@ def test_convert_makes_a_dense_folder(run_json: Callable[..., Any], run: Run) ->
 def test_insert_makes_a_spiking_folder(run_json: Callable[..., Any], run: Run) -> None:
     placed = ["--sites", "gate_up", "down_proj", "--per-site", "down_proj.time_steps=9", "gate_up.tau=2"]
     found = run_json("insert", DENSE, "inserted", "--text", HELD_OUT, "--tokens", 64, "--time-steps", 3, *placed)
-    assert found == {"folder": "inserted", "neurons": 2 * (32 + 64)}
+    assert (found["folder"], found["neurons"]) == ("inserted", 2 * (32 + 64))
+    assert 0 < found["nonzero_per_mac"] < found["spikes_per_mac"] < 9
+    assert provenance(Path("inserted"))["metrics"] == {
+        name: found[name] for name in ("spikes_per_mac", "nonzero_per_mac")
+    }
     neurons = json.loads(Path("inserted/config.json").read_text())["neurons"]
     assert {site: settings["time_steps"] for site, settings in neurons.items()} == {"gate_up": 3, "down_proj": 9}
     assert run_json("spikes", "inserted", HELD_OUT, "--tokens", 32)["totals"]["spikes"] > 0
@@ -368,7 +372,8 @@ def test_the_native_engine_says_what_torch_says(run_json: Callable[..., Any], ru
     code, out, err = run("generate", SPIKING, "What is the answer?", "--engine", "native", "--threads", "1")
     assert (code, out) == (0, "")
     line = err.splitlines()[-1]
-    words = r"spikes per input, [\d.]+% of the inputs not zero, modelled energy [\d.e-]+ µJ per token \(45nm-fp32\)\]"
+    words = r"spikes per input, [\d.]+% of the inputs not zero, modelled energy [\d.e-]+ µJ per token with the head "
+    words += r"\(45nm-fp32, compute only\)\]"
     assert re.fullmatch(rf"\[[\d.e+]+ tokens/s, [\d.]+ {words}", line), line
 
 

@@ -24,7 +24,7 @@ from mar.data import PackedRows
 from mar.folder import digest, load_student, save_student
 from mar.results import spike_rates
 from mar.sources import DataConfig
-from mar.spikes import SiteRate
+from mar.spikes import SiteRate, SpikeMonitor
 from mar.teachers import Teacher, load_teacher
 from tiny_recipes import LENGTH, files_of, log_of, provenance, weights_of, write_sentences
 
@@ -105,7 +105,11 @@ def test_insert_does_what_the_recipe_s_settings_do(folders: Folders, teacher: Te
     spiking = load_student(tmp_path / "spiking")
     assert spiking.config.neurons == placed
     assert all(tensor.equal(expected.state_dict()[name]) for name, tensor in spiking.state_dict().items())
-    assert found == {"folder": str(tmp_path / "spiking"), "neurons": 2 * (64 + 32)}
+    with SpikeMonitor(expected) as monitor, torch.no_grad():
+        expected(**next(iter(PackedRows(DataConfig(text), teacher.tokenizer).batches(1))))
+    totals = monitor.summary().totals
+    rates = {"spikes_per_mac": totals.spikes_per_mac, "nonzero_per_mac": totals.nonzero_per_mac}
+    assert found == {"folder": str(tmp_path / "spiking"), "neurons": 2 * (64 + 32), **rates}
     assert files_of(folders["dense"]) == before
 
     kept = provenance(tmp_path / "spiking")

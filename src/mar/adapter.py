@@ -109,8 +109,10 @@ class EngineModel(PreTrainedModel):
         before = self.engine.new_state()
         last, answers = self.engine.prefill(before, context), []
         for choice in choices:
-            after = self.engine.logits(before.copy(), choice[:-1])
-            logits = torch.from_numpy(np.concatenate([last[None], after]))
+            parts = [last[None]]
+            if len(choice) > 1:  # a choice of one token is judged by what the context left behind
+                parts.append(self.engine.logits(before.copy(), choice[:-1]))
+            logits = torch.from_numpy(np.concatenate(parts))
             wanted = torch.tensor(choice)[:, None]
             log_probability = logits.log_softmax(-1).gather(1, wanted).double().sum().item()
             answers.append((log_probability, bool((logits.argmax(-1, keepdim=True) == wanted).all())))

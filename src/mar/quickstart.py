@@ -49,7 +49,13 @@ def quickstart(output: Path, minutes: float = 10.0, debug: bool = False) -> dict
     recipe = read_recipe("quickstart")
     for stage in recipe.stages.values():
         stage.train = replace(stage.train, tokens=max(1, round(stage.train.tokens * minutes / 10)))
-    recipe.writing = replace(recipe.writing, tokens=max(1, round(recipe.writing.tokens * minutes / 10)))
+    # What is measured on shrinks with a shorter run, but does not grow with a longer one.
+    kept = min(1.0, minutes / 10) * recipe.writing.held_out_tokens
+    recipe.writing = replace(
+        recipe.writing,
+        tokens=max(1, round(recipe.writing.tokens * minutes / 10)),
+        held_out_tokens=max(recipe.data.length, round(kept)),
+    )
     return refine_and_measure(debug_size(recipe) if debug else recipe, output)
 
 

@@ -10,6 +10,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mar.conversion import calibrate_mixers, convert_llama, convert_llamba, insert_neurons
 from mar.data import PackedRows
 from mar.folder import digest, load_student, load_tokenizer, model_type, read_config, read_provenance, save_student
@@ -18,6 +20,7 @@ from mar.processes import this_process
 from mar.recipe import SPIKING, NeuronSettings, StageConfig
 from mar.refinement import build_objective
 from mar.sources import DataConfig
+from mar.spikes import SpikeMonitor
 from mar.teachers import load_teacher
 from mar.train import train
 
@@ -44,8 +47,10 @@ def convert_to_folder(source: str, output: Path, preset: str, init: str, text: s
     return student
 
 
-def insert_to_folder(model: Path, output: Path, neurons: NeuronSettings, text: str, tokens: int) -> MarForCausalLM:
-    """The spiking student of a dense MAR folder, written to `output`; see `mar insert`."""
+def insert_to_folder(
+    model: Path, output: Path, neurons: NeuronSettings, text: str, tokens: int
+) -> tuple[MarForCausalLM, dict[str, float]]:
+    """The spiking student of a dense MAR folder, written to `output`, and its rates on a row; see `mar insert`."""
     _refuse_taken(output)
     dense, tokenizer = load_student(model), load_tokenizer(model)
     if dense.config.neurons is not None:
@@ -58,8 +63,13 @@ def insert_to_folder(model: Path, output: Path, neurons: NeuronSettings, text: s
         "parent": _source(model),
         "teacher": _teacher(model),
     }
-    save_student(spiking, tokenizer, output, {**provenance, "tokens": 0, "metrics": {}})
-    return spiking
+    rows.rewind()
+    with SpikeMonitor(spiking, f"the first tokens of {text}") as monitor, torch.inference_mode():
+        spiking(**next(iter(rows.batches(1))))
+    totals = monitor.summary().totals
+    rates = {"spikes_per_mac": totals.spikes_per_mac, "nonzero_per_mac": totals.nonzero_per_mac}
+    save_student(spiking, tokenizer, output, {**provenance, "tokens": 0, "metrics": rates})
+    return spiking, rates
 
 
 def pack_to_folder(model: Path, output: Path, precision: str, head: str) -> int:

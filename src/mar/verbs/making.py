@@ -25,12 +25,14 @@ def convert(
         output: folder to write, a new one.
         preset: mixer choices, `llamba` being those published.
         init: `attention` starts from the attention weights, `llamba` at random.
-        text: file or folder of text; with it decays and scales are calibrated on its first rows.
+        text: file or folder of text, a few thousand tokens: decays and scales are calibrated on its first rows, and
+            training starts far nearer to its end.
     """
     from mar.steps import convert_to_folder
 
     student = convert_to_folder(source, output, preset, init, text)
-    return {"folder": str(output), "parameters": student.num_parameters()}
+    calibrated = text is not None
+    return {"folder": str(output), "parameters": student.num_parameters(), "calibrated": calibrated}
 
 
 def insert(
@@ -75,8 +77,8 @@ def insert(
 
     default = NeuronConfig(kind, time_steps, tau, threshold, precharge, merge, surrogate)
     neurons = NeuronSettings(default, list(sites or SITES), site_changes(per_site or []), spike_budget)
-    spiking = insert_to_folder(model, output, neurons, text, tokens)
-    return {"folder": str(output), "neurons": sum(neuron.channels for *_, neuron in spiking.neuron_sites())}
+    spiking, rates = insert_to_folder(model, output, neurons, text, tokens)
+    return {"folder": str(output), "neurons": sum(neuron.channels for *_, neuron in spiking.neuron_sites()), **rates}
 
 
 def refine(
@@ -121,8 +123,8 @@ def train(
     teacher: str,
     text: str,
     tokens: int = 100_000,
-    lr: float = 5e-4,
-    batch_size: int = 4,
+    lr: float | None = None,
+    batch_size: int = 1,
     length: int = 512,
     alpha: float | None = None,
     beta: float | None = None,
@@ -140,7 +142,8 @@ def train(
             the others a LLaMA.
         text: training text: file, folder, glob, or a hub data set as hub:owner/name.
         tokens: budget.
-        lr: peak learning rate.
+        lr: peak learning rate, after a tenth of the steps, 100 at most (default: 1.5e-3 for align, 1e-4 for distill,
+            3e-4 for spike, 5e-4 for the others).
         batch_size: rows a step.
         length: tokens a row.
         alpha: weight of KL(teacher || student), for distill and spike.
@@ -149,12 +152,16 @@ def train(
         trained: parameter set, for distill and spike.
         energy_target: MAC-weighted spikes per input to steer to, for spike.
     """
+    from dataclasses import replace
+
     from mar.optimizer import TrainConfig
-    from mar.recipe import StageConfig
+    from mar.recipe import PEAK_RATES, StageConfig
     from mar.sources import DataConfig
     from mar.steps import train_to_folder
 
-    config = TrainConfig(tokens=tokens, lr=lr, batch_size=batch_size)
+    rate = PEAK_RATES[kind] if lr is None else lr
+    config = TrainConfig(tokens=tokens, lr=rate, batch_size=batch_size, weight_decay=0.0)
+    config = replace(config, warmup_steps=min(100, config.steps(length) // 10))
     stage = StageConfig(
         kind, config, alpha=alpha, beta=beta, features=features, trained=trained, energy_target=energy_target
     )

@@ -284,7 +284,7 @@ def _say_usage(model: Any) -> dict[str, float]:
         "tokens_per_s": "{:.4g} tokens/s",
         "spikes_per_mac": "{:.3g} spikes per input",
         "nonzero_per_mac": "{:.1%} of the inputs not zero",
-        "energy_uj": "modelled energy {:.4g} µJ per token (45nm-fp32)",
+        "energy_uj": "modelled energy {:.4g} µJ per token with the head (45nm-fp32, compute only)",
     }
     print(f"[{', '.join(text.format(usage[name]) for name, text in words.items() if name in usage)}]", file=sys.stderr)
     model.reset()
