@@ -345,6 +345,9 @@ def test_generate_is_repeatable(run_json: Callable[..., Any], run: Run) -> None:
     assert run_json(*arguments) == found
     assert run_json(*arguments, "--seed", 3) != found
     assert run_json("generate", "smollm2-135m", "What is the answer?", "--tokens", 3)["tokens"] == 3
+    likeliest = run_json(*arguments, "--temperature", 0)
+    assert run_json(*arguments, "--top-k", 1)["text"] == likeliest["text"]
+    assert run_json(*arguments, "--top-p", 1e-6)["text"] == likeliest["text"]
     code, out, err = run(*arguments)
     assert (code, out) == (0, "")
     assert err.strip()

@@ -147,7 +147,9 @@ def _rate_table(config: MarConfig, rates: Rates | None) -> dict[tuple[int, Site]
     for layer, site in placed:
         rate = given.get((layer, site), given.get(site))
         if rate is None:
-            raise ValueError(f"There is no spike rate for {site} of layer {layer}; measure it with SpikeMonitor.")
+            raise ValueError(
+                f"There is no spike rate for {site} of layer {layer}; measure with SpikeMonitor and pass rates."
+            )
         spikes, nonzero = rate
         steps = neurons[site].time_steps
         # Each non-zero code takes between one spike and T; the slack is for rounding of measured means.

@@ -238,7 +238,7 @@ class SpikeMonitor:
             kept = raster_tokens if (layer, site) in rasters else 0
             self._counters[layer, site] = _Counter(neuron, model.neuron_linears(layer, site), kept)
         if not self._counters:
-            raise ValueError("The model has no neurons to watch; insert them with mar.conversion.insert_neurons first.")
+            raise ValueError("The model has no neurons to watch; insert them first, with `mar insert`.")
         if missing := [pair for pair in rasters if pair not in self._counters]:
             raise ValueError(f"No neuron at {missing[0]} to draw a raster of; sites are (layer, one of {list(SITES)}).")
         self._mask: Tensor | None = None

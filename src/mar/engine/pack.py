@@ -120,7 +120,9 @@ def _files(folder: Path) -> list[Path]:
     files = [folder / "config.json", folder / "model.safetensors"]
     for file in files:
         if not file.is_file():
-            raise FileNotFoundError(f"{folder} holds no {file.name}; give a folder that mar wrote.")
+            raise FileNotFoundError(
+                f"{folder} holds no {file.name}; give a folder that mar wrote (LLaMA teachers run on torch)."
+            )
     return files
 
 

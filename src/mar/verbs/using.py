@@ -172,6 +172,8 @@ def generate(
     *,
     tokens: int = 100,
     temperature: float = 0.7,
+    top_p: float = 1.0,
+    top_k: int | None = None,
     seed: int = 0,
     engine: EngineName = "torch",
     precision: Precision | None = None,
@@ -184,6 +186,8 @@ def generate(
         prompt: text; a chat turn where the tokenizer has a template.
         tokens: most new tokens.
         temperature: 0 takes the likeliest token.
+        top_p: draw among the likeliest tokens that have so much probability together.
+        top_k: draw among so many likeliest tokens (default: all).
         seed: of the sampling.
         engine: torch, or native, which takes MAR folders and says what it counted.
         precision: of the native engine's weights (default: a compact folder's own, else int8).
@@ -192,9 +196,7 @@ def generate(
     from mar.generate import prompt_ids, stream
 
     network, tokenizer = _load(model, engine, precision, threads)
-    ids = list(
-        stream(network, prompt_ids(tokenizer, prompt), max_new_tokens=tokens, temperature=temperature, seed=seed)
-    )
+    ids = list(stream(network, prompt_ids(tokenizer, prompt), tokens, temperature, top_p, top_k, seed=seed))
     text = tokenizer.decode(ids, skip_special_tokens=True)
     print(text, file=sys.stderr)
     return {"text": text, "tokens": len(ids), **_say_usage(network)}
@@ -206,6 +208,8 @@ def chat(
     *,
     tokens: int = 200,
     temperature: float = 0.7,
+    top_p: float = 1.0,
+    top_k: int | None = None,
     seed: int = 0,
     engine: EngineName = "torch",
     precision: Precision | None = None,
@@ -217,6 +221,8 @@ def chat(
         model: MAR folder or LLaMA teacher.
         tokens: most tokens a reply.
         temperature: 0 takes the likeliest token.
+        top_p: draw among the likeliest tokens that have so much probability together.
+        top_k: draw among so many likeliest tokens (default: all).
         seed: of the sampling.
         engine: torch, or native, which takes MAR folders and says what it counted in each turn.
         precision: of the native engine's weights (default: a compact folder's own, else int8).
@@ -225,7 +231,7 @@ def chat(
     from mar.generate import Session
 
     network, tokenizer = _load(model, engine, precision, threads)
-    session = Session(network, tokenizer, temperature=temperature, seed=seed)
+    session = Session(network, tokenizer, temperature, top_p, top_k, seed)
     turns = 0
     while True:
         print("> ", end="", file=sys.stderr, flush=True)
