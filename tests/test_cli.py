@@ -95,6 +95,12 @@ def test_help_says_what_every_option_does(run: Run, verb: str) -> None:
         assert action.help
 
 
+def test_the_package_runs_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "mar", "generate"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("mar generate: the following arguments are required")
+
+
 def test_help_is_quick() -> None:
     code = "import sys, mar.cli\ntry: mar.cli.main(['--help'])\nexcept SystemExit: print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -53,9 +53,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def assert_same_run(folder: Path, other: Path) -> None:
+def assert_same_run(folder: Path, other: Path, steps: int = STEPS) -> None:
     assert log_of(folder) == log_of(other)
-    assert len(log_of(folder)) == STEPS
+    assert len(log_of(folder)) == steps
     assert parameters_in(folder) == parameters_in(other)
 
 
@@ -290,6 +290,24 @@ def test_a_truncated_checkpoint_falls_back(tmp_path: Path, whole: Path) -> None:
     with pytest.warns(UserWarning, match=r"step-000000004 is damaged \(optimizer.safetensors"):
         run(tmp_path)
     assert_same_run(tmp_path, whole)
+
+
+def test_a_run_at_its_constant_rate_takes_more_tokens(tmp_path: Path) -> None:
+    stable = {"schedule": "wsd", "decay_fraction": 0.25}
+    longer = stable | {"tokens": 16 * 4 * LENGTH, "decay_fraction": 0.5}
+    run(tmp_path / "whole", **longer)
+    with pytest.raises(Stopped):
+        run(tmp_path / "run", NextWord(before=stop_at(9)), **stable)
+    run(tmp_path / "run", **longer)
+    assert_same_run(tmp_path / "run", tmp_path / "whole", steps=16)
+
+
+def test_a_run_whose_rate_has_fallen_takes_no_more_tokens(tmp_path: Path) -> None:
+    falling = {"schedule": "wsd", "decay_fraction": 0.5}
+    with pytest.raises(Stopped):
+        run(tmp_path, NextWord(before=stop_at(17)), **falling)
+    with pytest.raises(ValueError, match="of another run: tokens was 384 and is now 512"):
+        run(tmp_path, **falling | {"tokens": 16 * 4 * LENGTH})
 
 
 def test_another_run_is_refused_by_field(tmp_path: Path) -> None:

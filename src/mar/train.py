@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +34,9 @@ GRADIENT_BUCKET = 2**24
 
 NUMBERS_STAY = ("checkpoint_minutes", "keep_checkpoints", "log_every", "tensorboard")
 """Settings that change nothing in the numbers, so a run may go on with others."""
+
+RATES = ("tokens", "lr", "schedule", "warmup_steps", "decay_fraction", "min_lr_ratio")
+"""Settings that act through the learning rate alone: others do no harm while they give the rates a run has had."""
 
 
 class TrainingDiverged(ValueError):
@@ -56,6 +59,9 @@ def train(
     finished run is not repeated: its parameters are restored and its metrics returned.
 
     recipe: further settings, as JSON values, that a checkpoint must share with this run to be continued by it.
+
+    An unfinished run takes other settings of the learning rate if every step so far has had the rate that they give:
+    a `wsd` run gets more tokens, or an earlier decay, for as long as its rate is the constant one.
 
     Raises TrainingDiverged; ValueError for settings that do not fit each other or the checkpoint; DiskFull; and
     KeyboardInterrupt after Ctrl-C, when the step under way is done and a checkpoint is written.
@@ -108,7 +114,7 @@ class _Run:
         self.seconds = 0.0
         # The sum of each metric over the last tenth of the steps.
         self.tail: dict[str, float] = {}
-        self.tail_steps = max(1, self.steps // 10)
+        self.tail_steps = _tail_steps(self.steps)
         self.last_good = "no checkpoint had been written"
         self.identity = self._identity(recipe)
         if self.process.num_processes > 1:
@@ -200,7 +206,7 @@ class _Run:
         """Go to the newest checkpoint, if there is one. Raises ValueError where it is another run's."""
         if (found := load_checkpoint(self.checkpoints)) is None:
             return
-        self._refuse_other_run(found.state["identity"])
+        self._refuse_other_run(found.state["identity"], found.step)
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(found.tensors["parameters"][name])
@@ -267,12 +273,13 @@ class _Run:
                 f"another folder with a lower lr (now {self.config.lr:g}) or with precision 'fp32' ({self.last_good})."
             )
 
-    def _refuse_other_run(self, identity: dict[str, Any]) -> None:
+    def _refuse_other_run(self, identity: dict[str, Any], step: int) -> None:
         absent = "absent"
+        same_past = self._had_these_rates(identity, step)
         different = [
             f"{name} was {identity.get(name, absent)} and is now {self.identity.get(name, absent)}"
             for name in {**identity, **self.identity}
-            if identity.get(name, absent) != self.identity.get(name, absent)
+            if identity.get(name, absent) != self.identity.get(name, absent) and not (same_past and name in RATES)
         ]
         if different:
             more = f", and {len(different) - 6} more" if len(different) > 6 else ""
@@ -280,6 +287,14 @@ class _Run:
                 f"The checkpoint in {self.checkpoints} is of another run: {', '.join(different[:6])}{more}; "
                 "set these back, or train in another folder."
             )
+
+    def _had_these_rates(self, identity: dict[str, Any], step: int) -> bool:
+        """Whether the first `step` steps of a run of that identity had the rates that this run gives them."""
+        had = replace(self.config, **{name: identity[name] for name in RATES})
+        steps = had.steps(self.rows.length, self.process.num_processes)
+        # Not in the last tenth of either run, whose metrics are summed up.
+        in_time = step <= min(steps - _tail_steps(steps), self.steps - self.tail_steps)
+        return in_time and all(lr_at(i, steps, had) == lr_at(i, self.steps, self.config) for i in range(step))
 
     def _identity(self, recipe: dict[str, Any]) -> dict[str, Any]:
         """What a checkpoint must share with this run, as one flat dict of JSON values."""
@@ -335,6 +350,11 @@ def _reduced(tensor: Tensor, how: Literal["mean", "sum"]) -> Tensor:
 def _gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     return nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+
+
+def _tail_steps(steps: int) -> int:
+    """How many of the last of `steps` steps the final metrics are the means of."""
+    return max(1, steps // 10)
 
 
 def _named_parameters(groups: list[ParameterGroup], stage: str) -> dict[str, nn.Parameter]:
