@@ -193,6 +193,7 @@ def test_results_take_rates_from_the_engine(
     assert json.loads(json.dumps(found)) == found
     assert found["spikes"]["one"]["tokens"] == 62
     assert len(found["spikes"]["one"]["sites"]) == 8
+    assert found["spikes"]["one"]["totals"] == spiking.rates_per_mac()
     expected = cost(census(spiking.config, 512, spiking.rates()))
     assert found["energy"]["one"]["decoder_uj"] == expected.decoder
     assert found["rate_grids"] == {}

@@ -101,6 +101,11 @@ def test_the_package_runs_as_a_module() -> None:
     assert done.stderr.startswith("mar generate: the following arguments are required")
 
 
+def test_an_empty_path_is_refused(run: Run) -> None:
+    code, _, err = run("insert", "", "out", "--text", HELD_OUT)
+    assert (code, err) == (2, "mar insert: argument model: an empty path; name a file or folder; see `mar insert --help`.\n")
+
+
 def test_help_is_quick() -> None:
     code = "import sys, mar.cli\ntry: mar.cli.main(['--help'])\nexcept SystemExit: print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -288,7 +293,7 @@ def test_eval_on_text_and_tasks(run_json: Callable[..., Any], run: Run) -> None:
     assert found["tasks"][DENSE]["tasks"][0]["items"] == 3
     code, out, err = run("eval", DENSE, SPIKING, "--teacher", "smollm2-135m", *text, *tasks)
     assert (code, out) == (0, "")
-    for part in ("perplexity", "top-1", "difference", "piqa"):
+    for part in ("perplexity", "top-1", "difference", "piqa", "majority", "modelled decoder", "spikes per input"):
         assert part in err
 
 

@@ -3,6 +3,7 @@ import math
 import signal
 import threading
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import mar.checkpoint
 import tiny_training
-from mar.checkpoint import DiskFull, load_checkpoint
+from mar.checkpoint import DiskFull, alone_in, load_checkpoint
 from mar.objective import ParameterGroup
 from mar.train import TrainConfig, TrainingDiverged, train
 from tiny_training import (
@@ -308,6 +309,16 @@ def test_a_run_whose_rate_has_fallen_takes_no_more_tokens(tmp_path: Path) -> Non
         run(tmp_path, NextWord(before=stop_at(17)), **falling)
     with pytest.raises(ValueError, match="of another run: tokens was 384 and is now 512"):
         run(tmp_path, **falling | {"tokens": 16 * 4 * LENGTH})
+
+
+def test_one_process_trains_in_a_folder(tmp_path: Path) -> None:
+    with (
+        alone_in(tmp_path),
+        ProcessPoolExecutor(1, FORKS) as other,
+        pytest.raises(ValueError, match=f"Another process is training in {tmp_path}; wait for it, or use another"),
+    ):
+        other.submit(run, tmp_path).result()
+    run(tmp_path)
 
 
 def test_another_run_is_refused_by_field(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ def open_log(folder: Path, step: int = 0, **changes: Any) -> TrainLog:
 
 
 def record(step: int) -> dict[str, Any]:
-    return {"step": step, "loss": 1 / step, "tokens_per_second": 1234.5}
+    return {"step": step, "tokens": 32 * step, "relative_mse": 0.5 / step, "loss": 1 / step, "tokens_per_second": 1234.5}
 
 
 def steps_in(folder: Path) -> list[int]:
@@ -62,7 +62,7 @@ def test_progress_goes_to_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[s
             log.write(record(step))
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err == "align: step 6 of 6, loss 0.1667, 1,234 tok/s\n"
+    assert captured.err == "align: step 6 of 6, relative_mse 0.08333, 1,234 tok/s\n"
 
 
 def test_the_bar_on_a_terminal(
@@ -75,7 +75,7 @@ def test_the_bar_on_a_terminal(
         log.write(record(3))
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert all(part in captured.err for part in ("align", "3/6", "loss 0.3333", "1,234 tok/s"))
+    assert all(part in captured.err for part in ("align", "3/6", "relative_mse 0.1667", "1,234 tok/s"))
 
 
 def test_a_full_disk_is_a_sentence(tmp_path: Path) -> None:

@@ -144,18 +144,23 @@ class EngineModel(PreTrainedModel):
         found: dict[str, float] = {}
         if len(self._read_at) > 1:
             found["tokens_per_s"] = (len(self._read_at) - 1) / (self._read_at[-1] - self._read_at[0])
+        found |= self.rates_per_mac()
         rates, config = self.rates(), self.config
-        if rates:
-            wide = (config.in_proj_size, config.hidden_size, 2 * config.intermediate_size, config.hidden_size)
-            sizes = self._inputs()
-            macs = {site: sizes[site] * outputs for site, outputs in zip(SITES, wide, strict=True)}
-            total = sum(macs[site] for _, site in rates)
-            for name in SiteRate._fields:
-                weighted = sum(macs[site] * getattr(rate, name) for (_, site), rate in rates.items())
-                found[f"{name}_per_mac"] = weighted / total
         if rates or not config.neurons:
             found["energy_uj"] = energy(config, rates=rates or None).with_head
         return found
+
+    def rates_per_mac(self) -> dict[str, float]:
+        """`rates` averaged over the neurons, each weighted by the MACs it feeds: spikes_per_mac and nonzero_per_mac."""
+        rates, config, sizes = self.rates(), self.config, self._inputs()
+        wide = (config.in_proj_size, config.hidden_size, 2 * config.intermediate_size, config.hidden_size)
+        macs = {site: sizes[site] * outputs for site, outputs in zip(SITES, wide, strict=True)}
+        total = sum(macs[site] for _, site in rates)
+        return {
+            f"{name}_per_mac": sum(macs[site] * getattr(rate, name) for (_, site), rate in rates.items()) / total
+            for name in SiteRate._fields
+            if rates
+        }
 
     def _inputs(self) -> dict[Site, int]:
         """Inputs of each site."""

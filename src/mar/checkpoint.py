@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -113,6 +114,25 @@ def replace_atomically(path: Path, content: bytes) -> None:
             temporary.unlink(missing_ok=True)
             raise
         _sync(path.parent)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a run's folder; the lock goes with its process, however that ends.
+
+    Raises ValueError where another process has it.
+    """
+    with explain_disk_full(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / "lock", blocking=False)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise ValueError(f"Another process is training in {folder}; wait for it, or use another folder.") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

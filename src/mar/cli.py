@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -82,7 +83,7 @@ def _add_argument(command: argparse.ArgumentParser, parameter: inspect.Parameter
     elif kind is bool:
         settings["action"] = "store_true"
     else:
-        settings["type"] = kind
+        settings["type"] = _path if kind is Path else kind
     required = parameter.default is parameter.empty
     if not (required or parameter.default is None or parameter.default is False):
         settings["default"] = parameter.default
@@ -142,6 +143,13 @@ def _call(function: Callable[..., verbs.Result], options: dict[str, Any]) -> ver
     return function(*(options[name] for name in by_position), **named)
 
 
+def _path(text: str) -> Path:
+    # pathlib takes "" for the working directory, which a shell variable that is not set would then overwrite.
+    if not text:
+        raise argparse.ArgumentTypeError("an empty path; name a file or folder")
+    return Path(text)
+
+
 def _split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
     """Separate a recipe's settings, `--a.b=c` and `--a.b c`, from the verb's own arguments."""
     plain, overrides = [], []
@@ -166,7 +174,8 @@ def _show(verb: str, result: verbs.Result) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console(stderr=True)
+    # A pipe has no width, and a table folded to 80 columns can't be read.
+    console = Console(stderr=True, width=None if sys.stderr.isatty() else 200)
     for rows in TABLES.get(verb, lambda _: [])(result):
         table = Table()
         for column in rows[0]:
@@ -213,6 +222,9 @@ def _spike_rows(result: verbs.Result) -> list[list[dict[str, Any]]]:
     ]
 
 
+RATES = {"spikes_per_mac": "spikes per input (MACs)", "nonzero_per_mac": "non-zero (MACs)"}
+
+
 def _evaluation_rows(result: verbs.Result) -> list[list[dict[str, Any]]]:
     def interval(estimate: dict[str, Any]) -> str:
         value, low, high = (estimate[key] for key in ("value", "low", "high"))
@@ -226,11 +238,18 @@ def _evaluation_rows(result: verbs.Result) -> list[list[dict[str, Any]]]:
     ]
     tasks = [
         {"model": name, "task": row["task"], "metric": row["metric"], "items": row["items"]}
-        | {key: interval(row[key]) for key in ("student", "teacher", "difference", "agreement")}
+        | {key: interval(row[key]) for key in ("student", "teacher", "difference", "agreement", "kept")}
+        | {"chance": row["chance"], "majority": row["majority"]}
         for name, comparison in result.get("tasks", {}).items()
         for row in comparison["tasks"]
     ]
-    return [rows for rows in (text, tasks) if rows]
+    rates = {name: row["totals"] for name, row in result.get("spikes", {}).items()}
+    prices = [
+        {"model": name, "modelled decoder, µJ per token": row["decoder_uj"], "with head, µJ": row["with_head_uj"]}
+        | {label: rates.get(name, {}).get(key, "–") for key, label in RATES.items()}
+        for name, row in result.get("energy", {}).items()
+    ]
+    return [rows for rows in (text, tasks, prices) if rows]
 
 
 TABLES: dict[str, Callable[[verbs.Result], list[list[dict[str, Any]]]]] = {

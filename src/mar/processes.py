@@ -1,12 +1,17 @@
-"""The processes that a launcher such as torchrun started, and the device that each of them computes on.
+"""The processes that a launcher such as torchrun started, the device that each of them computes on, and Ctrl-C.
 
-Does: find both out, once, the same for every part of the package. Does not: exchange tensors (mar.train does).
+Does: find the first two out, once, the same for every part of the package; let a step end before a stop. Does not: exchange tensors (mar.train does).
 """
 
 from __future__ import annotations
 
 import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -32,3 +37,24 @@ def this_process() -> PartialState:
             "anything else asks accelerate, or launch one process."
         )
     return process
+
+
+@contextmanager
+def noted_interrupts() -> Iterator[threading.Event]:
+    """Set the event at the first Ctrl-C instead of raising; the second one raises KeyboardInterrupt as usual."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+
+    def note(_number: int, _frame: Any) -> None:
+        event.set()
+        # No print: the handler may have interrupted one.
+        os.write(2, b"\nFinishing this step and saving; Ctrl-C again stops at once.\n")
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -105,7 +105,11 @@ def measure(
             against=against,
         )
     reports = {name: monitor.summary() for name, monitor in monitors.items()}
-    counted = {name: {"text": text, **model.engine.counters()} for name, model in engines.items() if model.rates()}
+    counted = {
+        name: {"text": text, **model.engine.counters(), "totals": model.rates_per_mac()}
+        for name, model in engines.items()
+        if model.rates()
+    }
     models: dict[str, Any] = {"teacher": teacher.model, **students}
     energy, curves = {}, {}
     for name, model in models.items():

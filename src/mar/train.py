@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import signal
-import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,10 +20,10 @@ import torch
 from accelerate.utils import gather_object, reduce, set_seed
 from torch import Tensor, nn
 
-from mar.checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state, write_json_atomically
+from mar.checkpoint import alone_in, load_checkpoint, random_state, save_checkpoint, set_random_state, write_json_atomically
 from mar.objective import Objective, ParameterGroup, Rows
 from mar.optimizer import TrainConfig, build_optimizers, lr_at
-from mar.processes import this_process
+from mar.processes import noted_interrupts, this_process
 from mar.trainlog import TrainLog
 
 GRADIENT_BUCKET = 2**24
@@ -63,16 +60,22 @@ def train(
     An unfinished run takes other settings of the learning rate if every step so far has had the rate that they give:
     a `wsd` run gets more tokens, or an earlier decay, for as long as its rate is the constant one.
 
-    Raises TrainingDiverged; ValueError for settings that do not fit each other or the checkpoint; DiskFull; and
+    Raises TrainingDiverged; ValueError for settings that do not fit each other or the checkpoint, and for a folder in
+    which another process trains; DiskFull; and
     KeyboardInterrupt after Ctrl-C, when the step under way is done and a checkpoint is written.
     """
     run = _Run(objective, rows, config, Path(folder), recipe or {})
+    with alone_in(run.folder) if run.process.is_main_process else nullcontext():
+        return _train(run, config, progress)
+
+
+def _train(run: _Run, config: TrainConfig, progress: bool) -> dict[str, Any]:
     run.restore()
     if run.step == run.steps:
         return run.finish()
     log = run.open_log(bar=progress)
-    with _interrupts() as interrupted, log:
-        batches = _endless(rows, config.batch_size)
+    with noted_interrupts() as interrupted, log:
+        batches = _endless(run.rows, config.batch_size)
         saved = time.monotonic()
         while run.step < run.steps:
             log.write(run.advance(batches))
@@ -389,24 +392,3 @@ def _endless(rows: Rows, batch_size: int) -> Iterator[dict[str, Tensor]]:
     raise ValueError(
         f"The data hold fewer than {batch_size} rows of {rows.length} tokens; add text or shorten the rows."
     )
-
-
-@contextmanager
-def _interrupts() -> Iterator[threading.Event]:
-    """Set the event at the first Ctrl-C instead of raising; the second one raises KeyboardInterrupt as usual."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-
-    def note(_number: int, _frame: Any) -> None:
-        event.set()
-        # No print: the handler may have interrupted one.
-        os.write(2, b"\nFinishing this step and saving; Ctrl-C again stops at once.\n")
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGINT, before)

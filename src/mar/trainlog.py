@@ -47,12 +47,12 @@ class TrainLog:
                 rich.progress.TextColumn("{task.description}"),
                 rich.progress.BarColumn(),
                 rich.progress.MofNCompleteColumn(),
-                rich.progress.TextColumn("loss {task.fields[loss]} · {task.fields[speed]} tok/s ·"),
+                rich.progress.TextColumn("{task.fields[measure]} · {task.fields[speed]} tok/s ·"),
                 rich.progress.TimeRemainingColumn(),
                 console=console,
                 redirect_stdout=False,
             )
-            self.task = self.bar.add_task(title, total=steps, completed=step, loss="–", speed="–")
+            self.task = self.bar.add_task(title, total=steps, completed=step, measure="–", speed="–")
 
     def __enter__(self) -> Self:
         if self.active:
@@ -74,12 +74,15 @@ class TrainLog:
         """Show the record of one step and, at every `every`-th and at the last step, write it. Raises DiskFull."""
         if not self.active:
             return
-        step, loss, speed = record["step"], f"{record['loss']:.4g}", f"{record['tokens_per_second']:,.0f}"
+        step, speed = record["step"], f"{record['tokens_per_second']:,.0f}"
+        # The objective's first metric is named after what it measures and against whom; a loss may be a sum of several.
+        name = next(key for key in record if key not in ("step", "tokens"))
+        measure = f"{name} {record[name]:.4g}"
         if self.bar is not None:
-            self.bar.update(self.task, completed=step, loss=loss, speed=speed)
+            self.bar.update(self.task, completed=step, measure=measure, speed=speed)
         elif step == self.steps or time.monotonic() - self.spoke >= LINE_SECONDS:
             self.spoke = time.monotonic()
-            print(f"{self.title}: step {step} of {self.steps}, loss {loss}, {speed} tok/s", file=sys.stderr, flush=True)
+            print(f"{self.title}: step {step} of {self.steps}, {measure}, {speed} tok/s", file=sys.stderr, flush=True)
         if step % self.every and step != self.steps:
             return
         with explain_disk_full(self.path.parent):
