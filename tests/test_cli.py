@@ -103,7 +103,10 @@ def test_the_package_runs_as_a_module() -> None:
 
 def test_an_empty_path_is_refused(run: Run) -> None:
     code, _, err = run("insert", "", "out", "--text", HELD_OUT)
-    assert (code, err) == (2, "mar insert: argument model: an empty path; name a file or folder; see `mar insert --help`.\n")
+    assert (code, err) == (
+        2,
+        "mar insert: argument model: an empty path; name a file or folder; see `mar insert --help`.\n",
+    )
 
 
 def test_help_is_quick() -> None:

@@ -16,7 +16,13 @@ def open_log(folder: Path, step: int = 0, **changes: Any) -> TrainLog:
 
 
 def record(step: int) -> dict[str, Any]:
-    return {"step": step, "tokens": 32 * step, "relative_mse": 0.5 / step, "loss": 1 / step, "tokens_per_second": 1234.5}
+    return {
+        "step": step,
+        "tokens": 32 * step,
+        "relative_mse": 0.5 / step,
+        "loss": 1 / step,
+        "tokens_per_second": 1234.5,
+    }
 
 
 def steps_in(folder: Path) -> list[int]:

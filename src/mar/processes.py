@@ -1,6 +1,7 @@
 """The processes that a launcher such as torchrun started, the device that each of them computes on, and Ctrl-C.
 
-Does: find the first two out, once, the same for every part of the package; let a step end before a stop. Does not: exchange tensors (mar.train does).
+Does: find the first two out, once, the same for every part of the package; let a step end before Ctrl-C stops it. Does
+not: exchange tensors (mar.train does).
 """
 
 from __future__ import annotations

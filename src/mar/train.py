@@ -20,7 +20,14 @@ import torch
 from accelerate.utils import gather_object, reduce, set_seed
 from torch import Tensor, nn
 
-from mar.checkpoint import alone_in, load_checkpoint, random_state, save_checkpoint, set_random_state, write_json_atomically
+from mar.checkpoint import (
+    alone_in,
+    load_checkpoint,
+    random_state,
+    save_checkpoint,
+    set_random_state,
+    write_json_atomically,
+)
 from mar.objective import Objective, ParameterGroup, Rows
 from mar.optimizer import TrainConfig, build_optimizers, lr_at
 from mar.processes import noted_interrupts, this_process
