@@ -15,7 +15,18 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "mar"
 MAX_LINES = 420
 FLOORS = (
-    {"_native", "checkpoint", "compact", "config", "kernels", "objective", "processes", "quiet", "surrogate"},
+    {
+        "_native",
+        "checkpoint",
+        "compact",
+        "config",
+        "kernels",
+        "objective",
+        "processes",
+        "quiet",
+        "surrogate",
+        "weights",
+    },
     {"engine", "mixer", "neurons"},
     {"calibration", "model"},
     {"conversion", "layers", "losses", "spikes", "teachers"},

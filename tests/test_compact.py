@@ -16,9 +16,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 from mar import compact
 from mar.config import NeuronConfig, site_neurons
 from mar.engine import Engine, pack
-from mar.folder import load_student, load_tokenizer, save_student
+from mar.folder import digest, load_student, load_tokenizer, save_student
 from mar.model import MarForCausalLM
 from mar.steps import pack_to_folder
+from mar.weights import weight_files
 from tiny_engine import RAGGED, spiking_model, tokens
 from tiny_models import mar_model
 from tiny_recipes import files_of, provenance
@@ -115,6 +116,33 @@ def test_the_engine_packs_the_very_codes(folders: Path, name: str, combination: 
         panels, scales = pack.pack_codes(compact.quantise(source, head, short=True))
         assert np.array_equal(arrays["head.weights"], panels.reshape(-1).view(np.uint8))
         assert np.array_equal(arrays["head.scales"], scales.reshape(-1).view(np.uint8))
+
+
+def test_weights_in_several_files_are_the_same_weights(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mar.folder.MOST_BYTES", 20_000)
+    pack_to_folder(folders / "spiking", tmp_path / "split", "int4", "int8")
+    whole, split = folders / "spiking-int4-int8", tmp_path / "split"
+    files = weight_files(split, "")
+    assert len(files) > 2
+    assert not (split / "model.safetensors").exists()
+    assert all(file.stat().st_size < 30_000 for file in files)
+    for read in (lambda folder: pack.read_folder(folder)[1], lambda folder: dict(load_student(folder).state_dict())):
+        one, several = read(whole), read(split)
+        assert set(one) == set(several)
+        assert all(np.array_equal(one[name], several[name]) for name in one)
+    assert digest(split) == pack.folder_digest(split) == pack.read_folder(split)[2]
+    files[1].unlink()
+    with pytest.raises(FileNotFoundError, match=f"holds no {files[1].name}; give a folder that"):
+        load_student(split)
+
+
+@pytest.mark.parametrize("names", [{}, {"x": "../model.safetensors"}])
+def test_an_index_names_files_beside_it(tmp_path: Path, names: dict[str, str]) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(ValueError, match="not files beside it; restore it"):
+        weight_files(tmp_path, "")
 
 
 @pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)

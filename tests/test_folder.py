@@ -184,7 +184,7 @@ NORM = "model.layers.1.mixer.out_proj.weight"
         (set_config(neurons={"in_proj": {"T": 4}}), r"describes no MAR model \(.*neurons\.in_proj has unknown keys"),
         (set_weight(NORM, lambda _: None), rf"do not belong together \(see '{NORM}'\)"),
         (set_weight(NORM, lambda weight: weight[:, 1:].clone()), rf"do not belong together \(see '{NORM}'\)"),
-        (set_weight(NORM, poison), rf"model\.safetensors has NaN or infinite elements in '{NORM}'; restore it"),
+        (set_weight(NORM, poison), rf"copy has NaN or infinite elements in '{NORM}'; restore it"),
     ],
 )
 def test_what_is_no_whole_folder_is_refused_in_one_sentence(

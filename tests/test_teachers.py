@@ -132,7 +132,7 @@ def test_a_sharded_checkpoint_is_one_teacher(
     assert same_weights(teacher.model, tiny_llama)
     assert teacher.source["sha256"] == hashlib.sha256(b"".join(shard.read_bytes() for shard in shards)).hexdigest()
     shards[0].unlink()
-    with pytest.raises(FileNotFoundError, match=f"has no {shards[0].name}; copy or download it"):
+    with pytest.raises(FileNotFoundError, match=f"holds no {shards[0].name}; copy or download it"):
         load_teacher(tmp_path)
 
 
@@ -200,7 +200,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "cut weights": (truncate("model.safetensors", 100), r"model\.safetensors is truncated or damaged"),
     "cut header": (lambda folder: (folder / "model.safetensors").write_bytes(b"\x10"), "truncated or damaged"),
-    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), r"has no model\.safetensors; copy"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), r"holds no model\.safetensors; copy"),
     "pickle": (
         keep_a_pickle_only,
         r"as a pickle \(pytorch_model\.bin\), which can run code .* convert it to safetensors",

@@ -142,14 +142,14 @@ def _stored(name: str, weight: Quantised) -> dict[str, Array]:
     }
 
 
-def expand(config: Mapping[str, Any], raw: bytes) -> CompactWeights:
-    """The weights in the bytes of a compact folder's model.safetensors.
+def expand(config: Mapping[str, Any], *files: bytes) -> CompactWeights:
+    """The weights in the bytes of a compact folder's weight files.
 
     Raises SafetensorError where it is cut off, DamagedWeights where it holds something else than the config says.
     """
     try:
         with np.errstate(over="ignore", invalid="ignore"):
-            return _expand(config, dict(deserialize(raw)))
+            return _expand(config, {name: tensor for raw in files for name, tensor in deserialize(raw)})
     except (AttributeError, KeyError, TypeError) as error:
         raise DamagedWeights(f"its config describes no compact model: {error}") from error
 

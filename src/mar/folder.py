@@ -16,15 +16,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from mar.checkpoint import TEMPORARY, explain_disk_full, write_json_atomically
 from mar.compact import DamagedWeights, compress
 from mar.model import MarForCausalLM
 from mar.quiet import quiet
-from mar.teachers import PICKLES, load_teacher
+from mar.teachers import load_teacher
+from mar.weights import weight_files
+
+MOST_BYTES = 45_000_000
+"""Of one weight file of a compact folder: Git hosts and mail take them so."""
 
 GIVE_A_FOLDER = "give a folder that `mar refine`, `mar train` or `mar convert` wrote"
 
@@ -59,7 +63,7 @@ def save_student(
                 student.save_pretrained(draft)
             else:
                 named = {name: _tensor(array) for name, array in tensors.items()}
-                save_file(named, draft / "model.safetensors", {"format": "pt"})
+                save_torch_state_dict(named, draft, max_shard_size=MOST_BYTES, metadata={"format": "pt"})
                 config = deepcopy(student.config)
                 config.compact = compact
                 config.save_pretrained(draft)
@@ -95,14 +99,7 @@ def load_student(folder: str | Path) -> MarForCausalLM:
     folder = Path(folder)
     if (kind := model_type(folder)) != "mar":
         raise ValueError(f"{folder} holds a {kind!r} model, not a MAR one; convert it first.")
-    weights = folder / "model.safetensors"
-    if not weights.is_file():
-        if pickles := sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES):
-            raise ValueError(
-                f"{folder} holds its weights as a pickle ({pickles[0]}), which can run code when it is read; "
-                "save them as safetensors."
-            )
-        raise FileNotFoundError(f"{folder} holds no {weights.name}; {GIVE_A_FOLDER}.")
+    files = weight_files(folder, GIVE_A_FOLDER)
     try:
         with quiet():
             # Wrong sizes come back in `info`, which names the tensor.
@@ -115,14 +112,16 @@ def load_student(folder: str | Path) -> MarForCausalLM:
                 output_loading_info=True,
             )
     except (SafetensorError, DamagedWeights) as error:
-        raise ValueError(f"{weights} is truncated or damaged ({error}); restore it or refine again.") from error
+        names = " or ".join(file.name for file in files)
+        raise ValueError(f"{folder / names} is truncated or damaged ({error}); restore it or refine again.") from error
     except Exception as error:  # a config shows what is wrong with it as errors of several libraries
         problem = " ".join(str(error).split()).rstrip(".")
         raise ValueError(f"{folder / 'config.json'} describes no MAR model ({problem}); restore it.") from error
     student, info = loaded
     if student.config.tie_word_embeddings:
-        with safe_open(weights, framework="pt") as file:  # transformers passes over a head that tying replaces
-            info["unexpected_keys"] |= {name for name in file.keys() if name.startswith("lm_head.")}  # noqa: SIM118
+        for path in files:
+            with safe_open(path, framework="pt") as file:  # transformers passes over a head that tying replaces
+                info["unexpected_keys"] |= {name for name in file.keys() if name.startswith("lm_head.")}  # noqa: SIM118
     wrong = sorted([*info["missing_keys"], *info["unexpected_keys"], *(key for key, *_ in info["mismatched_keys"])])
     if wrong:
         raise ValueError(
@@ -131,7 +130,7 @@ def load_student(folder: str | Path) -> MarForCausalLM:
         )
     for name, weight in student.named_parameters():
         if not all(bool(extreme.isfinite()) for extreme in weight.detach().aminmax()):
-            raise ValueError(f"{weights} has NaN or infinite elements in {name!r}; restore it or refine again.")
+            raise ValueError(f"{folder} has NaN or infinite elements in {name!r}; restore it or refine again.")
     return student.eval()
 
 
@@ -184,8 +183,8 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
 def digest(folder: Path) -> str:
     """SHA-256 over config and weights of a model folder."""
     sha = hashlib.sha256()
-    for name in ("config.json", "model.safetensors"):
-        with open(folder / name, "rb") as file:
+    for path in (folder / "config.json", *weight_files(folder, GIVE_A_FOLDER)):
+        with open(path, "rb") as file:
             while block := file.read(1 << 24):
                 sha.update(block)
     return sha.hexdigest()

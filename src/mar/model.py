@@ -28,12 +28,13 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils.hub import cached_file
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from mar.compact import expand
 from mar.config import SITES, MarConfig, Site
 from mar.mixer import DiscreteMamba2, MixerState
 from mar.neurons import Neuron, build_neuron
+from mar.weights import INDEX
 
 WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 """Arguments of from_pretrained that say where a model's files are."""
@@ -113,7 +114,10 @@ class MarPreTrainedModel(PreTrainedModel):
             settings = MarConfig.from_pretrained(config or name, **where)
         if name is None or getattr(settings, "compact", None) is None:
             return super().from_pretrained(name, *model_args, config=config, **kwargs)
-        weights = expand(settings.to_dict(), Path(str(cached_file(name, "model.safetensors", **where))).read_bytes())
+        single = cached_file(name, "model.safetensors", _raise_exceptions_for_missing_entries=False, **where)
+        index = None if single else cached_file(name, INDEX, **where)
+        files: Any = [single] if single else get_checkpoint_shard_files(name, index, **where)[0]
+        weights = expand(settings.to_dict(), *(Path(file).read_bytes() for file in files))
         tensors = {key: torch.from_numpy(np.require(value, requirements="W")) for key, value in weights.items()}
         with suppress(OSError):
             kwargs.setdefault("generation_config", GenerationConfig.from_pretrained(name, **where))

@@ -30,8 +30,8 @@ from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, GgufConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from mar.quiet import quiet
+from mar.weights import PICKLES, weight_files
 
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 REQUIRED_KEYS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
 CACHE_LAYOUT = 1
 """Part of a cached teacher's folder name; raise it when what is saved there changes."""
@@ -249,7 +249,7 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> Teacher:
 
 def _load_folder(folder: Path, dtype: torch.dtype, source: dict[str, Any]) -> Teacher:
     _check_config(folder)
-    for file in _weight_files(folder):
+    for file in weight_files(folder, "copy or download it"):
         try:
             with safe_open(file, framework="pt") as opened:
                 opened.keys()
@@ -290,24 +290,6 @@ def _check_config(folder: Path) -> None:
         raise ValueError(f"{file} lacks {', '.join(missing)}; copy the model's own config.json there.")
     if "quantization_config" in config:
         raise ValueError(f"{folder} holds quantised weights; give the full-precision checkpoint, or a GGUF file.")
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, in order. Raises if some are missing, or if there are only pickles."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = [folder / name for name in sorted(set(_read_json(index).get("weight_map", {}).values()))]
-    else:
-        files = [folder / "model.safetensors"]
-    missing = [file.name for file in files if not file.is_file()]
-    if not missing and files:
-        return files
-    if pickles := sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES):
-        raise ValueError(
-            f"{folder} holds its weights as a pickle ({pickles[0]}), which can run code when it is read; convert it to "
-            "safetensors (load it where you trust it, then `save_pretrained`)."
-        )
-    raise FileNotFoundError(f"{folder} has no {missing[0] if missing else 'model.safetensors'}; copy or download it.")
 
 
 def _checked(
@@ -374,7 +356,7 @@ def _sha256(*paths: Path) -> str:
 def _weights_sha256(folder: Path) -> str:
     """Digest of all weight files one after the other; of a single file it is the file's own."""
     _check_config(folder)
-    return _sha256(*_weight_files(folder))
+    return _sha256(*weight_files(folder, "copy or download it"))
 
 
 def _check_sha256(path: Path, wanted: str) -> None:

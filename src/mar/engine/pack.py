@@ -32,6 +32,7 @@ from mar.compact import (
     to_bf16,
     to_float,
 )
+from mar.weights import weight_files
 
 PRECISIONS = ("fp32", "bf16", "int8", "int4")
 SLICE, QUAD = 64, 4
@@ -45,6 +46,8 @@ START = len(MAGIC) + hashlib.sha256().digest_size
 """Where what the digest covers starts: the header's length in 8 bytes, the header, the arrays."""
 
 ALIGNMENT = 4096
+
+GIVE_A_FOLDER = "give a folder that mar wrote (LLaMA teachers run on torch)"
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_heads", "head_dim")
 SIZES += ("state_size", "conv_kernel")
@@ -86,18 +89,19 @@ def pack_settings(folder: Path, precision: str | None, head: str | None, neurons
 def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Array], str]:
     """Config, weights in fp32 and digest of a MAR folder. Raises FileNotFoundError or ValueError in one sentence."""
     files = _files(folder)
-    raw_config, raw_weights = (file.read_bytes() for file in files)
+    raw_config, *raw_weights = (file.read_bytes() for file in files)
     config = _config(files[0], raw_config)
     if config.get("model_type") != "mar":
         raise ValueError(f"{folder} holds a {config.get('model_type')!r} model, not a MAR one; convert it first.")
     try:
         if config.get("compact") is not None:
-            weights = expand(config, raw_weights)
+            weights = expand(config, *raw_weights)
         else:
-            weights = {name: to_float(name, tensor) for name, tensor in deserialize(raw_weights)}
+            weights = {name: to_float(name, tensor) for raw in raw_weights for name, tensor in deserialize(raw)}
     except (SafetensorError, DamagedWeights) as error:
-        raise ValueError(f"{files[1]} is truncated or damaged ({error}); restore it.") from error
-    return config, weights, _digest(raw_config, raw_weights)
+        names = " or ".join(file.name for file in files[1:])
+        raise ValueError(f"{folder / names} is truncated or damaged ({error}); restore it.") from error
+    return config, weights, _digest(raw_config, *raw_weights)
 
 
 def _config(file: Path, raw: bytes) -> dict[str, Any]:
@@ -117,13 +121,9 @@ def folder_digest(folder: Path) -> str:
 
 
 def _files(folder: Path) -> list[Path]:
-    files = [folder / "config.json", folder / "model.safetensors"]
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"{folder} holds no {file.name}; give a folder that mar wrote (LLaMA teachers run on torch)."
-            )
-    return files
+    if not (config := folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no {config.name}; {GIVE_A_FOLDER}.")
+    return [config, *weight_files(folder, GIVE_A_FOLDER)]
 
 
 def _digest(*parts: bytes) -> str:
