@@ -24,6 +24,7 @@ FLOORS = (
         "objective",
         "processes",
         "quiet",
+        "rounding",
         "surrogate",
         "weights",
     },

@@ -375,6 +375,10 @@ def test_pack_writes_what_everything_reads(run_json: Callable[..., Any], run: Ru
     assert run_json("spikes", "packed", HELD_OUT, "--tokens", 32)["totals"]["tokens"] == 32
     native = run_json("generate", "packed", "Why?", "--tokens", 3, "--engine", "native", "--threads", 1)
     assert native["spikes_per_mac"] >= native["nonzero_per_mac"] > 0
+    fit = run_json("pack", SPIKING, "fit", "--precision", "int4", "--text", HELD_OUT, "--tokens", 96)
+    assert fit["bytes"] > 0
+    assert json.loads(Path("fit/provenance.json").read_text())["settings"]["text"] == HELD_OUT
+    assert run_json("generate", "fit", "Why?", "--tokens", 3, "--engine", "native", "--threads", 1)["tokens"] == 3
     code, out, err = run("pack", "packed", "again")
     assert (code, out) == (2, "")
     assert "packed is compact already; give the folder that it was made from" in err

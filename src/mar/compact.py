@@ -5,7 +5,7 @@ numpy only, for the engine and the transformers classes share it. Does not: lay 
 (mar.engine.pack), or write folders (mar.steps).
 
 A linear whose inputs are spikes takes codes, so what is quantised is W diag(V / m): its site's thresholds V are folded
-in, and the site's whole multipliers m are taken out. int8 has one fp32 scale an output. int4 has one scale for GROUP
+in, and the site's whole multipliers m are taken out. int8 has one scale an output, a bf16. int4 has one scale for GROUP
 inputs of an output, of 8 bits: a sign, and 127 steps of an eighth of an octave up to the largest scale of the weight.
 """
 
@@ -19,21 +19,24 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import deserialize
 
-Array = NDArray[Any]
+from mar.rounding import (
+    GROUP,
+    STEPS,
+    filled,
+    from_bf16,
+    quantise_calibrated,
+    quantise_int4,
+    quantise_int8,
+    scale_size,
+    to_bf16,
+)
 
-GROUP = 64
-"""Inputs that share a scale in int4 (csrc/kernels.hpp)."""
+Array = NDArray[Any]
 
 PRECISIONS = ("int8", "int4")
 HEADS = ("int8", "int4", "bf16")
-EXACT = (".a", ".D", ".decay_bias")
-"""Parameters that stay fp32: a threshold in bf16 moves codes, a decay in bf16 forgets at the wrong rate."""
-
-LEVELS = (-8.4, -8.0, -7.4, -6.8, -6.2, 7.4, 7.0, 6.5, 6.0)
-"""Codes that a group's largest weight is tried at. -8 has no counterpart, so it goes there whatever its sign."""
-
-STEPS = 127
-"""Sizes that an int4 scale can have beside zero, counted down from the weight's largest, see `_size`."""
+EXACT = (".D", ".decay_bias")
+"""Parameters that stay fp32: a decay in bf16 forgets at the wrong rate."""
 
 TYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I8": np.int8, "U8": np.uint8, "I32": np.int32}
 
@@ -74,13 +77,17 @@ class CompactWeights(dict[str, Array]):
 
 
 class _Linear(NamedTuple):
-    """A decoder's linear: its name, input width, neuron's name ("" without), that one's steps, rows of decay logits."""
+    """A decoder's linear: its name, input width, neuron's name ("" without), that one's steps, rows of decay logits.
+
+    place: where its neuron is or would be.
+    """
 
     name: str
     inputs: int
     neuron: str
     steps: int
     decays: int
+    place: str
 
 
 def _linears(config: Mapping[str, Any]) -> Iterator[_Linear]:
@@ -98,12 +105,20 @@ def _linears(config: Mapping[str, Any]) -> Iterator[_Linear]:
             steps = int(neurons[site].get("time_steps", 4)) if site in neurons else 0
             for name in names:
                 decays = config["num_heads"] if site == "in_proj" else 0
-                yield _Linear(at + name, inputs, at + neuron if steps else "", steps, decays)
+                yield _Linear(at + name, inputs, at + neuron if steps else "", steps, decays, at + neuron)
 
 
-def compress(config: Mapping[str, Any], weights: Mapping[str, Array], precision: str, head: str) -> dict[str, Array]:
+def compress(
+    config: Mapping[str, Any],
+    weights: Mapping[str, Array],
+    precision: str,
+    head: str,
+    moments: Mapping[str, Array] | None = None,
+) -> dict[str, Array]:
     """The tensors of a compact folder from fp32 weights; uint16 stands for bits of bf16.
 
+    moments: second moments (inputs, inputs) of what linears multiply, by the name of the neuron before them (or of its
+    empty place), to calibrate their codes on (mar.rounding); without, every weight goes to the nearest code.
     Raises ValueError for an unknown precision and for thresholds out of range.
     """
     for name, value, known in (("precision", precision, PRECISIONS), ("head", head, HEADS)):
@@ -115,12 +130,16 @@ def compress(config: Mapping[str, Any], weights: Mapping[str, Array], precision:
         rows = len(weight) - linear.decays
         if linear.decays:
             tensors[f"{linear.name}.decay"] = to_bf16(weight[rows:])
-        folded = weight[:rows]
+        folded, moment = weight[:rows], None if moments is None else moments[linear.place]
         if linear.neuron:
-            v = thresholds(f"{linear.neuron}.a", weights[f"{linear.neuron}.a"], linear.inputs)
+            # In half the bytes, and what is folded is what is stored, so codes and weights stay in step.
+            a = tensors[f"{linear.neuron}.a"] = weights[f"{linear.neuron}.a"].astype(np.float16)
+            left.pop(f"{linear.neuron}.a", None)
+            v = thresholds(f"{linear.neuron}.a", a.astype(np.float32), linear.inputs)
             tensors[f"{linear.neuron}.multipliers"] = m = row_multipliers(v, linear.steps)
             folded = folded * (v / m)
-        tensors |= _stored(linear.name, quantise(folded, precision, short=True))
+            moment = None if moment is None else moment / (v / m) / (v / m)[:, None]
+        tensors |= _stored(linear.name, quantise(folded, precision, short=True, moment=moment))
     for name in ("model.embed_tokens", "lm_head"):
         if head != "bf16" and f"{name}.weight" in left:
             tensors |= _stored(name, quantise(left.pop(f"{name}.weight"), head, short=True))
@@ -130,9 +149,9 @@ def compress(config: Mapping[str, Any], weights: Mapping[str, Array], precision:
 def _stored(name: str, weight: Quantised) -> dict[str, Array]:
     """A quantised weight as tensors; int4 has two codes + 8 in a byte, the even input's in the lower half."""
     if weight.precision == "int8":
-        return {f"{name}.codes": weight.codes, f"{name}.scales": weight.scales}
+        return {f"{name}.codes": weight.codes, f"{name}.scales": to_bf16(weight.scales)}
     shifted = (filled(weight.codes.T, 2).T + 8).astype(np.uint8)
-    sizes = _size(weight.scales)
+    sizes = scale_size(weight.scales)
     base = max(int(sizes.max()) - STEPS, 0)
     scales = np.where(sizes > 0, weight.scales >> 8 & 0x80 | sizes - base, 0).astype(np.uint8)
     return {
@@ -172,7 +191,7 @@ def _expand(config: Mapping[str, Any], left: dict[str, dict[str, Any]]) -> Compa
     def load(name: str, precision: str, inputs: int) -> Quantised:
         if precision == "int8":
             codes = take(f"{name}.codes", "I8", None, inputs)
-            return Quantised("int8", codes, take(f"{name}.scales", "F32", len(codes), 1))
+            return Quantised("int8", codes, from_bf16(take(f"{name}.scales", "BF16", len(codes), 1)))
         pairs = take(f"{name}.codes", "U8", None, -(-inputs // 2))
         codes = np.stack([pairs & 15, pairs >> 4], -1).reshape(len(pairs), -1)[:, :inputs].astype(np.int8) - np.int8(8)
         sizes = take(f"{name}.scales", "U8", len(pairs), -(-inputs // GROUP)).astype(np.int32)
@@ -190,7 +209,7 @@ def _expand(config: Mapping[str, Any], left: dict[str, dict[str, Any]]) -> Compa
                 m = found.multipliers[name] = take(f"{name}.multipliers", "I8", linear.inputs)
                 if m.min() < 1 or int(m.max()) * linear.steps > 127:
                     raise DamagedWeights(f"{name}.multipliers takes codes beyond 8 bits")
-                found[f"{name}.a"] = a = take(f"{name}.a", "F32", None)
+                found[f"{name}.a"] = a = take(f"{name}.a", "F16", None).astype(np.float32)
                 if a.shape != (1,) and a.shape != (linear.inputs,):
                     raise DamagedWeights(f"{name}.a has {len(a)} elements for {linear.inputs} inputs")
             values *= found.multipliers[name] / thresholds(f"{name}.a", found[f"{name}.a"], linear.inputs)
@@ -242,82 +261,14 @@ def row_multipliers(v: Array, steps: int) -> Array:
     return np.ceil(v / np.float32(unit) - 1e-4).clip(1, most).astype(np.int8)
 
 
-def quantise(weight: Array, precision: str, short: bool = False) -> Quantised:
-    """A weight (outputs, inputs), fp32, in int8 or int4; short: with int4 scales that fit 8 bits."""
-    rows = np.ascontiguousarray(weight.T)
-    codes, scales = quantise_int8(rows) if precision == "int8" else quantise_int4(rows, short)
-    return Quantised(precision, np.ascontiguousarray(codes.T), np.ascontiguousarray(np.atleast_2d(scales).T))
+def quantise(weight: Array, precision: str, short: bool = False, moment: Array | None = None) -> Quantised:
+    """A weight (outputs, inputs), fp32, in int8 or int4; short: with scales that fit 16 and 8 bits.
 
-
-def quantise_int8(rows: Array) -> tuple[Array, Array]:
-    """Codes in [-127, 127] (inputs, outputs) int8, and the scale of each output, fp32."""
-    scales = np.abs(rows).max(0) / np.float32(127)
-    codes = np.rint(rows / np.where(scales > 0, scales, np.float32(1)))
-    return codes.astype(np.int8), scales
-
-
-def quantise_int4(rows: Array, short: bool = False) -> tuple[Array, Array]:
-    """Codes in [-8, 7] (inputs, outputs) int8, and scales (groups, outputs) in bits of bf16.
-
-    Of several scales per group the one of least squared error is taken: the largest weight need not be met exactly.
-    short: of those that `compress` can store in 8 bits; the largest weight of all decides which these are.
+    moment: (inputs, inputs), the second moment of its inputs, to calibrate codes and (then short) scales on.
     """
-    groups = filled(rows, GROUP).reshape(-1, GROUP, rows.shape[1])
-    codes, scales = np.empty(groups.shape, np.int8), np.empty((len(groups), rows.shape[1]), np.uint16)
-    least = None
-    if short:
-        largest = np.abs(rows).max(initial=np.float32(0), keepdims=True) / np.float32(min(map(abs, LEVELS)))
-        least = max(int(_size(_short_bits(largest, 0)).max()) - STEPS, 0)
-    for index, group in enumerate(groups):
-        for start in range(0, rows.shape[1], 1024):  # what is tried on so many outputs stays in the cache
-            part = slice(start, start + 1024)
-            codes[index, :, part], scales[index, part] = _quantise_group(group[:, part], least)
-    return codes.reshape(-1, rows.shape[1])[: len(rows)], scales
-
-
-def _quantise_group(group: Array, least: int | None) -> tuple[Array, Array]:
-    """Codes of one group (GROUP, outputs), and each output's scale in bits of bf16, short above `least` if given."""
-    largest = group[np.abs(group).argmax(0), np.arange(group.shape[1])]
-    best_error = np.full(largest.shape, np.inf, np.float32)
-    best_bits, best_codes = np.zeros(largest.shape, np.uint16), np.zeros(group.shape, np.float32)
-    for level in LEVELS:
-        scale = largest / np.float32(level)
-        bits = to_bf16(scale) if least is None else _short_bits(scale, least)
-        scale = from_bf16(bits)
-        codes = np.rint(group / np.where(scale != 0, scale, np.float32(1))).clip(-8, 7)
-        codes[:, scale == 0] = 0
-        error = np.square(codes * scale - group).sum(0)
-        better = error < best_error
-        np.copyto(best_error, error, where=better)
-        np.copyto(best_bits, bits, where=better)
-        np.copyto(best_codes, codes, where=better)
-    return best_codes.astype(np.int8), best_bits
-
-
-def _short_bits(values: Array, least: int) -> Array:
-    """Bits of bf16 with only three bits of mantissa; 0 where the size does not exceed `least`."""
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    rounded = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20 << 4).astype(np.uint16)
-    return np.where(_size(rounded) > least, rounded, 0).astype(np.uint16)
-
-
-def _size(bits: Array) -> Array:
-    """Exponent and three bits of mantissa as one number, eight to an octave."""
-    return (bits >> 4 & 0x7FF).astype(np.int32)
-
-
-def to_bf16(values: Array) -> Array:
-    """Bits of bf16, rounded to the nearest even."""
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-
-
-def from_bf16(bits: Array) -> Array:
-    """Values of bf16 bits."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
-def filled(values: Array, multiple: int) -> Array:
-    """Zeros added to the first dimension."""
-    missing = -len(values) % multiple
-    return np.pad(values, [(0, missing), *[(0, 0)] * (values.ndim - 1)]) if missing else values
+    rows = np.ascontiguousarray(weight.T)
+    if moment is not None:
+        codes, scales = quantise_calibrated(rows, moment, precision)
+    else:
+        codes, scales = quantise_int8(rows, short) if precision == "int8" else quantise_int4(rows, short)
+    return Quantised(precision, np.ascontiguousarray(codes.T), np.ascontiguousarray(np.atleast_2d(scales).T))

@@ -39,6 +39,7 @@ def save_student(
     folder: Path,
     provenance: dict[str, Any],
     compact: dict[str, str] | None = None,
+    moments: dict[str, np.ndarray] | None = None,
 ) -> None:
     """Write a plain Hugging Face folder, provenance.json last: a folder that has it is whole.
 
@@ -46,11 +47,12 @@ def save_student(
 
     provenance: JSON values, among them `step`, `teacher` and `tokens`; date and package versions are added. compact:
     `precision` and `head` of a compact folder (see mar.compact), in fewer bytes throughout; ValueError if unknown.
+    moments: of what its linears multiply, to calibrate their rounding on (`mar.layers.input_moments`).
     """
     tensors = None
     if compact is not None:
         weights = {name: tensor.detach().float().cpu().numpy() for name, tensor in student.named_parameters()}
-        tensors = compress(student.config.to_dict(), weights, **compact)
+        tensors = compress(student.config.to_dict(), weights, **compact, moments=moments)
     made = {
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "packages": {name: version(name) for name in ("mar", "torch", "transformers", "accelerate")},
@@ -86,8 +88,12 @@ def _tensor(array: np.ndarray) -> torch.Tensor:
 
 
 def _minify(file: Path) -> None:
-    """Write JSON without white space: the tokenizer's is more space than words."""
+    """Write a tokenizer's JSON without white space and each merge as one string: less than half of the bytes."""
     content = json.loads(file.read_text(encoding="utf-8"))
+    merges = content["model"].get("merges")
+    # The older of the format's two forms for them, which takes no piece with a space in it; byte-level BPE has none.
+    if merges and not any(" " in piece for merge in merges for piece in merge):
+        content["model"]["merges"] = [" ".join(merge) for merge in merges]
     file.write_text(json.dumps(content, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
 
 

@@ -1,15 +1,17 @@
 """A teacher or student run layer by layer, so that each layer can be compared, calibrated or trained on its own.
 
-Does: walk LLaMA and MAR models without gradients, documents of a packed row apart. Does not: hold losses.
+Does: walk LLaMA and MAR models without gradients, documents of a packed row apart; sum up what linears are given.
+Does not: hold losses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -18,6 +20,9 @@ from transformers.masking_utils import create_causal_mask
 from mar.model import MarForCausalLM
 
 Batch = dict[str, Tensor]
+
+NEURON_PLACES = ("mixer.in_neuron", "mixer.out_neuron", "mlp.in_neuron", "mlp.down_neuron")
+"""The modules of a MAR layer whose outputs its linears multiply, identities in a dense model."""
 
 
 def document_positions(document_ids: Tensor) -> Tensor:
@@ -94,6 +99,44 @@ def last_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
         positions = document_positions(batch["document_ids"])
         output = model.model(input_ids=batch["input_ids"], position_ids=positions, use_cache=False)
     return output.last_hidden_state
+
+
+@torch.no_grad()
+def input_moments(model: MarForCausalLM, batches: Iterable[Batch], tokens: int) -> dict[str, np.ndarray]:
+    """The mean of x x^T / |x|^2, fp32, of what each linear multiplies, by the name of the neuron's place before it.
+
+    All tokens count alike, as some layers give a few tokens such sizes that these alone would decide. Of as many
+    batches as hold `tokens` tokens, under bf16 autocast. Raises ValueError if a mean is not finite.
+    """
+    sums: dict[str, Tensor] = {}
+    places = [f"model.layers.{layer}.{place}" for layer in range(len(model.model.layers)) for place in NEURON_PLACES]
+    handles = [model.get_submodule(name).register_forward_hook(_add_moment(sums, name)) for name in places]
+    seen = 0
+    try:
+        for batch in batches:
+            rows = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            with torch.autocast(model.device.type, torch.bfloat16):
+                last_hidden(model, rows)
+            seen += rows["input_ids"].numel()
+            if seen >= tokens:
+                break
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = {name: (total / seen).cpu().numpy() for name, total in sums.items()}
+    for name, moment in found.items():
+        if not np.isfinite(moment).all():
+            raise ValueError(f"What passes {name} is not finite; find the layer that it comes from.")
+    return found
+
+
+def _add_moment(sums: dict[str, Tensor], name: str) -> Any:
+    def add(_module: nn.Module, _args: Any, output: Tensor) -> None:
+        with torch.autocast(output.device.type, enabled=False):
+            inputs = nn.functional.normalize(output.flatten(0, -2).float())
+            sums[name] = torch.addmm(sums[name], inputs.T, inputs) if name in sums else inputs.T @ inputs
+
+    return add
 
 
 @contextmanager

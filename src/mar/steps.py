@@ -15,6 +15,7 @@ import torch
 from mar.conversion import calibrate_mixers, convert_llama, convert_llamba, insert_neurons
 from mar.data import PackedRows
 from mar.folder import digest, load_student, load_tokenizer, model_type, read_config, read_provenance, save_student
+from mar.layers import input_moments
 from mar.model import MarForCausalLM
 from mar.processes import this_process
 from mar.recipe import SPIKING, NeuronSettings, StageConfig
@@ -72,15 +73,25 @@ def insert_to_folder(
     return spiking, rates
 
 
-def pack_to_folder(model: Path, output: Path, precision: str, head: str) -> int:
+def pack_to_folder(
+    model: Path, output: Path, precision: str, head: str, text: str | None = None, tokens: int = 8192
+) -> int:
     """A MAR folder with its weights in small integers, written to `output`; see `mar pack`. Returns its bytes."""
     _refuse_taken(output)
+    if tokens < 1:
+        raise ValueError(f"The tokens to calibrate rounding on are {tokens}; use at least 1.")
     if read_config(model).get("compact") is not None:
         raise ValueError(f"{model} is compact already; give the folder that it was made from.")
     student, tokenizer = load_student(model), load_tokenizer(model)
     compact = {"precision": precision, "head": head}
-    provenance = {"step": "pack", "settings": compact, "parent": _source(model), "teacher": _teacher(model)}
-    save_student(student, tokenizer, output, {**provenance, "tokens": 0, "metrics": {}}, compact)
+    settings: dict[str, Any] = dict(compact)
+    moments = None
+    if text is not None:
+        rows = PackedRows(DataConfig(source=text), tokenizer, vocab_size=student.config.vocab_size)
+        moments = input_moments(student, rows.batches(1), tokens)
+        settings |= {"text": text, "tokens": tokens}
+    provenance = {"step": "pack", "settings": settings, "parent": _source(model), "teacher": _teacher(model)}
+    save_student(student, tokenizer, output, {**provenance, "tokens": 0, "metrics": {}}, compact, moments)
     return sum(file.stat().st_size for file in output.iterdir())
 
 

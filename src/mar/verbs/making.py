@@ -176,6 +176,8 @@ def pack(
     *,
     precision: Literal["int8", "int4"] = "int8",
     head: Literal["int8", "int4", "bf16"] = "int8",
+    text: str | None = None,
+    tokens: int = 8192,
 ) -> Result:
     """Write a MAR folder again with its weights in small integers, for transformers and the engine alike.
 
@@ -184,10 +186,12 @@ def pack(
         output: folder to write, a new one.
         precision: of the decoder's linears: int8, a scale for each output; int4, a scale for 64 inputs of an output.
         head: of embedding and head.
+        text: file or folder of text: the linears' weights are rounded for what they multiply on it, and less is lost.
+        tokens: how much of it.
     """
     from mar.steps import pack_to_folder
 
-    return {"folder": str(output), "bytes": pack_to_folder(model, output, precision, head)}
+    return {"folder": str(output), "bytes": pack_to_folder(model, output, precision, head, text, tokens)}
 
 
 def quickstart(output: Path = Path("runs/quickstart"), /, *, minutes: float = 10.0, debug: bool = False) -> Result:
