@@ -54,7 +54,7 @@ def test_the_text_of_smollm2_is_the_users() -> None:
         read_recipe("smollm2-135m")
     recipe = read_recipe("smollm2-135m", ["data.source=a.jsonl"])
     assert recipe.data == DataConfig(source="a.jsonl", split="train")
-    assert list(recipe.stages) == ["align", "distill", "spike_align", "spike"]
+    assert list(recipe.stages) == ["align", "distill", "spike"]
     assert recipe.stages["align"].train.tokens == 10_000_000
 
 
