@@ -30,6 +30,7 @@ import engine_memory  # noqa: E402
 import llama_peer  # noqa: E402
 import plain  # noqa: E402
 import prefill  # noqa: E402
+import results_figures  # noqa: E402
 import runners  # noqa: E402
 import scan  # noqa: E402
 import throughput  # noqa: E402
@@ -327,3 +328,22 @@ def test_memory_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
         assert one["peak"] >= one["resident"] >= one["mapped"] > one["packed"] > 0
         assert one["allowed"] == pytest.approx(1.3 * one["packed"] + 60e6)
     assert found["int4"]["packed"] < found["int8"]["packed"]
+
+
+def test_figures_of_the_results_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tmp_path / "log.jsonl"
+    records = [{"step": i, "tokens": 8 * i, "kl_to_llama": 1 / i, "loss": 9.0} for i in range(1, 151)]
+    log.write_text("".join(json.dumps(record) + "\n" for record in records))
+    drawn = results_figures.curve(log)
+    assert len(drawn) == 75
+    assert drawn[1] == {"tokens": 32, "loss": round((1 / 3 + 1 / 4) / 2, 5)}
+    monkeypatch.setattr(results_figures, "ASSETS", tmp_path)
+    energy = {"dense": {"contexts": [64, 128], "decoder_uj": [1.0, 2.0]}}
+    kept = {
+        "logs": {"align": drawn},
+        "energy_curves": energy,
+        "rate_grids": {"0.75": {"spikes": [[0.5, 0.4, 0.3, 0.2]]}},
+    }
+    files = results_figures.draw(kept)
+    assert [file.name for file in files] == ["results-loss.svg", "results-energy.svg", "results-rates-0.75.svg"]
+    assert all(file.read_text().startswith("<svg ") for file in files)

@@ -1,7 +1,7 @@
 """The figures of docs/results.md, from what training and `mar eval --json` wrote.
 
-    python benchmarks/figures.py --logs align=RUN/1-align/training/log.jsonl ... --evaluation eval.json
-    python benchmarks/figures.py
+    python benchmarks/results_figures.py --logs align=RUN/1-align/training/log.jsonl ... --evaluation eval.json
+    python benchmarks/results_figures.py
 
 The first form averages each log over 60 equal stretches and keeps these, the energy curves and the spike rates in
 docs/assets/results.json; both forms then draw what that file holds as docs/assets/results-*.svg.
