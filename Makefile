@@ -6,11 +6,12 @@
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.mar-installed
+RELEASED := models/smollm2-135m-mar
 CANDIDATES := $(PYTHON) python3 python3.11 python3.12 python3.13 python3.14
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup quickstart test sanitize lint types docs wheel clean
+.PHONY: help setup quickstart chat test sanitize lint types docs wheel clean
 .DEFAULT_GOAL := help
 
 help: ## list these targets
@@ -33,6 +34,9 @@ $(INSTALLED): pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*.hpp cs
 
 quickstart: setup ## refine SmolLM2-135M into a small spiking model, and report on it; stop and repeat at will
 	$(BIN)/mar quickstart
+
+chat: setup ## talk with the released spiking model on the native engine; an empty line ends
+	$(BIN)/mar chat $(RELEASED) --engine native
 
 # Tests bring their own tiny models and data. Two workers of one thread each use two cores without fighting over them.
 test: export HF_HUB_OFFLINE := 1
