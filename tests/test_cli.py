@@ -250,6 +250,7 @@ def test_train_goes_from_folder_to_folder(run_json: Callable[..., Any], run: Run
     assert found["bidirectional_kl_to_llama"] > 0
     kept = provenance(Path("trained/dense"))
     assert (kept["parent"]["name"], kept["settings"]["alpha"], kept["step"]) == (DENSE, 0.5, "distill")
+    assert (kept["settings"]["train"]["lr"], kept["data"]["source"]) == (1e-4, "sentences.jsonl")
     assert kept["metrics"] == {key: value for key, value in found.items() if key != "folder"}
 
     found = run_json("train", "spike_align", "run/3-insert_neurons", "trained/a", "--teacher", DENSE, *options)

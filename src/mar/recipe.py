@@ -20,7 +20,7 @@ from mar.config import SITES, NeuronConfig, site_neurons
 from mar.optimizer import TrainConfig
 from mar.sources import DataConfig
 
-PEAK_RATES = {"orient": 5e-4, "align": 1.5e-3, "distill": 1e-4, "spike_align": 5e-4, "spike": 3e-4}
+PEAK_RATES = {"orient": 5e-4, "align": 1.5e-3, "distill": 1e-4, "spike_align": 5e-4, "spike": 1e-4}
 """Learning rates for rows one or two at a time, as far as docs/lab-log.md has measured them."""
 
 SPIKING = ("spike_align", "spike")

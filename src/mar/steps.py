@@ -133,15 +133,8 @@ def train_to_folder(stage: StageConfig, student: Path, output: Path, teacher: st
         output / "training",
         recipe={"kind": stage.kind, "student": parent, "teacher": source, **own},
     )
-    settings = {
-        **own,
-        "text": data.source,
-        "tokens": stage.train.tokens,
-        "lr": stage.train.lr,
-        "batch_size": stage.train.batch_size,
-        "length": data.length,
-    }
-    provenance = {"step": stage.kind, "settings": settings, "parent": parent, "teacher": source}
+    settings = {**own, "train": asdict(stage.train)}
+    provenance = {"step": stage.kind, "settings": settings, "data": asdict(data), "parent": parent, "teacher": source}
     if process.is_main_process:
         save_student(model.eval(), tokenizer, output, {**provenance, "tokens": metrics["tokens"], "metrics": metrics})
     process.wait_for_everyone()

@@ -142,8 +142,8 @@ def train(
             the others a LLaMA.
         text: training text: file, folder, glob, or a hub data set as hub:owner/name.
         tokens: budget.
-        lr: peak learning rate, after a tenth of the steps, 100 at most (default: 1.5e-3 for align, 1e-4 for distill,
-            3e-4 for spike, 5e-4 for the others).
+        lr: peak learning rate, after a tenth of the steps, 100 at most (default: 1.5e-3 for align, 1e-4 for distill
+            and spike, 5e-4 for the others).
         batch_size: rows a step.
         length: tokens a row.
         alpha: weight of KL(teacher || student), for distill and spike.
