@@ -183,6 +183,27 @@ def test_speed_is_counted_from_the_prompt_on(native: EngineModel, monkeypatch: p
     assert "tokens_per_s" not in native.usage()
 
 
+def test_torch_leaves_the_cores_to_the_engine(native: EngineModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two reads, while it draws a token or judges choices; before and after it has the threads it had."""
+    seen, before = [], torch.get_num_threads()
+
+    def clock() -> float:
+        seen.append(torch.get_num_threads())
+        return float(len(seen))
+
+    monkeypatch.setattr("mar.adapter.time.perf_counter", clock)
+    torch.set_num_threads(2)
+    try:
+        for _ in stream(native, ids_of(1, 5), 3, stop=(), seed=0):
+            assert torch.get_num_threads() == 2
+        assert seen == [1, 1, 1]
+        native.continuations([1, 2], [[3], [4, 5]])
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+        native.reset()
+
+
 def test_results_take_rates_from_the_engine(
     spiking: EngineModel, tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:

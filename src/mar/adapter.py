@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,21 @@ from mar.spikes import SiteRate
 
 BLOCK = 256
 """Tokens whose logits are held at a time."""
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Torch on this thread alone, for small work between reads of the engine.
+
+    Torch's other threads spin for milliseconds after each operation, on the cores that the engine's own then lack: with
+    two cores that took 2.6 times the tokens per second.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class EngineCache:
@@ -101,6 +116,7 @@ class EngineModel(PreTrainedModel):
                 for first in range(start, stop, BLOCK):
                     yield torch.from_numpy(self.engine.logits(state, ids[first : min(first + BLOCK, stop)]))
 
+    @one_torch_thread()
     def continuations(self, context: Sequence[int], choices: Sequence[Sequence[int]]) -> list[tuple[float, bool]]:
         """Of each choice after the context: its log-probability, and whether it is what greedy decoding would write.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, LlamaForCausalLM, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from mar.adapter import EngineCache, EngineModel
+from mar.adapter import EngineCache, EngineModel, one_torch_thread
 from mar.kernels.paged import Pages, Prompt, read_prompt
 from mar.model import MarCache, MarForCausalLM
 from mar.sources import check_text
@@ -165,7 +165,8 @@ class TokenStream:
         self, count: int, temperature: float, top_p: float, top_k: int | None, ends: set[int]
     ) -> Iterator[int]:
         for _ in range(count):
-            token = int(sample(self._read(), temperature, top_p, top_k, self.generator))
+            with one_torch_thread() if isinstance(self.model, EngineModel) else nullcontext():
+                token = int(sample(self._read(), temperature, top_p, top_k, self.generator))
             self._unread.append(token)
             yield token
             if token in ends:
