@@ -256,7 +256,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(neurons):
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     runs = []
-    model.model.layers[0].mlp.act.register_forward_hook(lambda *_: runs.append(1))
+    model.model.layers[0].mlp.gate_proj.register_forward_hook(lambda *_: runs.append(1))
     model.gradient_checkpointing_enable()
     model(**batch, labels=batch["input_ids"]).loss.backward()
     assert len(runs) == 2

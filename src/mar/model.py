@@ -30,6 +30,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
+from mar import kernels
 from mar.compact import expand
 from mar.config import SITES, MarConfig, Site
 from mar.mixer import DiscreteMamba2, MixerState
@@ -52,7 +53,7 @@ class MarMLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, wide, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, wide, bias=config.mlp_bias)
         self.down_proj = nn.Linear(wide, config.hidden_size, bias=config.mlp_bias)
-        self.act = ACT2FN[config.hidden_act]
+        self.act = None if config.hidden_act == "silu" else ACT2FN[config.hidden_act]
         in_neuron, down_neuron = config.neuron("gate_up"), config.neuron("down_proj")
         self.in_neuron = build_neuron(in_neuron, config.hidden_size) if in_neuron else nn.Identity()
         self.down_neuron = build_neuron(down_neuron, wide) if down_neuron else nn.Identity()
@@ -60,7 +61,17 @@ class MarMLP(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """(b, l, d) to (b, l, d)."""
         spikes = self.in_neuron(hidden)
-        return self.down_proj(self.down_neuron(self.act(self.gate_proj(spikes)) * self.up_proj(spikes)))
+        gate, up = self.gate_proj(spikes), self.up_proj(spikes)
+        unit = kernels.silu_product(gate, up) if self.act is None else self.act(gate) * up
+        return self.down_proj(self.down_neuron(unit))
+
+
+class RMSNorm(nn.RMSNorm):
+    """torch's, saving less for backward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, l, d) to (b, l, d)."""
+        return kernels.rms_norm(x, self.weight, cast(float, self.eps))
 
 
 class MarDecoderLayer(GradientCheckpointingLayer):
@@ -68,9 +79,9 @@ class MarDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: MarConfig):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mixer = DiscreteMamba2(config)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MarMLP(config)
 
     def forward(
@@ -185,7 +196,7 @@ class MarModel(MarPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList([MarDecoderLayer(config) for _ in range(config.num_hidden_layers)])
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
 

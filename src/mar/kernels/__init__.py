@@ -14,8 +14,20 @@ from torch import Tensor
 from mar.kernels import chunked, native
 from mar.kernels.chunked import scan_step
 from mar.kernels.native import mixer, staircase
+from mar.kernels.pointwise import rms_norm, silu_product
 
-__all__ = ["backends", "causal_conv", "mixer", "mixer_takes", "scan", "scan_step", "staircase", "staircase_takes"]
+__all__ = [
+    "backends",
+    "causal_conv",
+    "mixer",
+    "mixer_takes",
+    "rms_norm",
+    "scan",
+    "scan_step",
+    "silu_product",
+    "staircase",
+    "staircase_takes",
+]
 
 
 def _choose(forced: str | None) -> tuple[bool, str]:
