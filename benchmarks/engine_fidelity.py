@@ -68,10 +68,9 @@ def recorded(model: MarForCausalLM) -> Iterator[dict[tuple[int, str], list[Tenso
 
     def record(key: tuple[int, str], neuron: Any, inputs: tuple[Tensor]) -> None:
         config, (current,) = neuron.config, inputs
-        half = 0.5 if config.precharge else 0.0
         ratio = current.double() / neuron.threshold.double()
         ratio = ratio if config.kind == "binary" else ratio.abs()
-        nearest = (ratio + half).round().clamp(1, config.time_steps) - half
+        nearest = (ratio + config.precharge).round().clamp(1, config.time_steps) - config.precharge
         near = (ratio / nearest - 1).abs() <= NEAR
         found.setdefault(key, []).append(torch.stack([neuron.encode(current), near.to(torch.int8)])[:, 0])
 

@@ -121,8 +121,9 @@ class ClosedForm:
         """V code(I / V); the gradient of the code goes straight through the surrogate's primitive."""
         signed = config.kind != "binary"
         level = current.float() / threshold
-        smooth = PRIMITIVES[config.surrogate](level, config.time_steps, 0.5 if config.precharge else 0.0, signed)
-        whole = level.round() if config.precharge else torch.div(current.float(), threshold, rounding_mode="trunc")
+        smooth = PRIMITIVES[config.surrogate](level, config.time_steps, config.precharge, signed)
+        charged = current.float() + current.float().sign() * config.precharge * threshold
+        whole = torch.div(charged, threshold, rounding_mode="trunc")
         code = whole.clamp(-config.time_steps if signed else 0, config.time_steps)
         return (threshold * (smooth + (code - smooth).detach())).to(current.dtype)
 

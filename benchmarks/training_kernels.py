@@ -61,7 +61,7 @@ def conv_peers(length: int, heads: int, dtype: torch.dtype) -> tuple[Peers, int]
 
 def atmn_peers(length: int, heads: int, dtype: torch.dtype) -> tuple[Peers, int]:
     """ATMN on a hidden state of heads * SIZE channels, and bytes moved: I and output; then I and both gradients."""
-    config = NeuronConfig(precharge=True)
+    config = NeuronConfig(precharge=0.5)
     current = torch.randn(length, heads * SIZE).to(dtype).requires_grad_()
     threshold = torch.rand(heads * SIZE).add(0.3).requires_grad_()
     dy = torch.randn(current.shape).to(dtype)

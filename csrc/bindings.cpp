@@ -110,9 +110,9 @@ class Reader {
   mar::Site site(const std::string& prefix, const std::string& name, int inputs, int outputs) {
     mar::Site site;
     site.linear = linear(prefix + name, setting<std::string>("precision"), inputs, outputs);
-    if (has(prefix + name + ".divisor")) {
-      site.divisor = floats(prefix + name + ".divisor", inputs);
-      const auto encoder = setting<std::tuple<int, int, bool>>(name + ".encoder");
+    if (has(prefix + name + ".threshold")) {
+      site.threshold = floats(prefix + name + ".threshold", inputs);
+      const auto encoder = setting<std::tuple<int, int, float>>(name + ".encoder");
       site.encoder = {std::get<0>(encoder), std::get<1>(encoder), std::get<2>(encoder)};
       if (site.encoder.low < -127 || site.encoder.low > 0 || site.encoder.high < 1 || site.encoder.high > 127)
         throw std::invalid_argument("The codes of " + name + " do not fit 8 bits; use time_steps of 1 to 127.");
@@ -240,7 +240,7 @@ struct Engine {
   void check_codes(const std::int8_t* codes) const {
     for (const auto& layer : model.layers)
       for (const mar::Site* site : {&layer.in_proj, &layer.out_proj, &layer.gate_up, &layer.down_proj}) {
-        for (int i = 0; site->divisor && i < site->linear.inputs; ++i)
+        for (int i = 0; site->threshold && i < site->linear.inputs; ++i)
           if (codes[i] < site->encoder.low || codes[i] > site->encoder.high)
             throw std::invalid_argument("The code " + std::to_string(codes[i]) + " is beyond its neuron's " +
                                         std::to_string(site->encoder.low) + " to " + std::to_string(site->encoder.high) + ".");

@@ -5,6 +5,8 @@
 #include "engine_kernels.hpp"
 #include "engine_vectors.hpp"
 
+#include <limits>
+
 namespace mar::MAR_VARIANT {
 namespace {
 
@@ -22,10 +24,12 @@ void rms_norm(const float* x, const float* weight, float eps, int n, float* y) {
   for (; i < n; ++i) y[i] = x[i] * factor * weight[i];
 }
 
-inline I codes_of(F x, F divisor, Encoder encoder) {
-  // Clamped one beyond the codes first, so that both conversions stay in their range.
-  const F v = least(most(x / divisor, splat(encoder.low - 1.0f)), splat(encoder.high + 1.0f));
-  const I code = encoder.round ? to_int(nearest(v)) : to_int(v);
+inline I codes_of(F x, F threshold, Encoder encoder) {
+  // The sign is put on the product as bits, so that no compiler fuses product and sum: torch rounds twice.
+  const F charge = (F)((I)(threshold * encoder.precharge) | ((I)x & std::numeric_limits<std::int32_t>::min()));
+  // Clamped one beyond the codes first, so that the conversion stays in its range.
+  const F v = least(most((x + charge) / threshold, splat(encoder.low - 1.0f)), splat(encoder.high + 1.0f));
+  const I code = to_int(v);
   const I low = I{} + encoder.low, high = I{} + encoder.high;
   const I raised = code < low ? low : code;
   return raised > high ? high : raised;
@@ -33,12 +37,12 @@ inline I codes_of(F x, F divisor, Encoder encoder) {
 
 using Bytes16 = std::int8_t __attribute__((vector_size(16)));
 
-void encode(const float* x, const float* divisor, int n, Encoder encoder, std::int8_t* codes) {
+void encode(const float* x, const float* threshold, int n, Encoder encoder, std::int8_t* codes) {
   int i = 0;
   for (; i + kLanes <= n; i += kLanes)
-    store(codes + i, __builtin_convertvector(codes_of(load<F>(x + i), load<F>(divisor + i), encoder), Bytes16));
+    store(codes + i, __builtin_convertvector(codes_of(load<F>(x + i), load<F>(threshold + i), encoder), Bytes16));
   if (i < n) {
-    const I code = codes_of(load_some(x + i, n - i), load_some(divisor + i, n - i), encoder);
+    const I code = codes_of(load_some(x + i, n - i), load_some(threshold + i, n - i), encoder);
     for (int j = 0; i + j < n; ++j) codes[i + j] = static_cast<std::int8_t>(code[j]);
   }
 }

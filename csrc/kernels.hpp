@@ -46,8 +46,8 @@ struct Groups {
 };
 
 struct Encoder {
-  int low, high;  // codes are clamped to these: -T or 0, and T
-  bool round;     // to the nearest (pre-charged), else towards zero
+  int low, high;    // codes are clamped to these: -T or 0, and T
+  float precharge;  // p: the part of V that a membrane starts with
 };
 
 // One head of one layer: where its parameters, inputs, outputs and state lie. P is the head's width, N the state's.
@@ -67,8 +67,8 @@ struct Head {
 struct Kernels {
   // y = x / sqrt(mean(x^2) + eps) * weight.
   void (*rms_norm)(const float* x, const float* weight, float eps, int n, float* y);
-  // codes = clamp(round or trunc(x / divisor)).
-  void (*encode)(const float* x, const float* divisor, int n, Encoder encoder, std::int8_t* codes);
+  // codes = clamp(trunc((x + p V sign(x)) / V)).
+  void (*encode)(const float* x, const float* threshold, int n, Encoder encoder, std::int8_t* codes);
   // codes = round(x / scale), scale = max |x| / 127; returns the scale. Zeros for x = 0.
   float (*quantise)(const float* x, int n, std::int8_t* codes);
   // Sum of x y.

@@ -50,7 +50,7 @@ void Listing::list(const Kernels& k, const Site& site, const float* x, int begin
   std::int8_t* codes = codes_.data();
   token_scale_ = 1.0f;
   spikes_ = nonzero_ = 0;
-  if (!site.divisor && !linear.integer()) {
+  if (!site.threshold && !linear.integer()) {
     for (int i = begin; i < end; ++i) {
       index_[i - begin] = i;
       values_[i - begin] = x[i];
@@ -59,8 +59,8 @@ void Listing::list(const Kernels& k, const Site& site, const float* x, int begin
     rows_ = {index_.data(), listed_.data(), values_.data(), end - begin};
     return;
   }
-  if (site.divisor) {
-    k.encode(x + begin, site.divisor + begin, end - begin, site.encoder, codes + begin);
+  if (site.threshold) {
+    k.encode(x + begin, site.threshold + begin, end - begin, site.encoder, codes + begin);
     if (taken) std::copy(codes + begin, codes + end, taken + begin);
     if (given) std::copy(given + begin, given + end, codes + begin);
     for (int i = begin; i < end; ++i) {

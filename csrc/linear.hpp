@@ -35,9 +35,9 @@ struct Linear {
   Block block(int slice, int count) const;  // within one panel
 };
 
-// Where a neuron may sit. Without a divisor the linear sees dense values.
+// Where a neuron may sit. Without thresholds the linear sees dense values.
 struct Site {
-  const float* divisor = nullptr;  // inputs: V, one ulp smaller where codes are rounded
+  const float* threshold = nullptr;  // inputs: V
   // inputs, in integers: codes are multiplied by these and rows stored divided by them, so that channels of large V do
   // not set the scale for all others; null means ones.
   const std::int8_t* multiplier = nullptr;

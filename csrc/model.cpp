@@ -206,7 +206,7 @@ void Model::step_thread(int thread, State& state, std::int32_t token, float* log
     k.rms_norm(h, layer.mixer_norm, shape.eps, shape.hidden, t.normed.data());
     list(layer.in_proj, t.normed.data(), 0, shape.hidden, true, counts[0]);
     // Decay logits in fp32 whatever the precision, for this thread's heads only.
-    if (layer.in_proj.divisor)
+    if (layer.in_proj.threshold)
       for (int i = 0; i < shape.hidden; ++i) t.normed[i] = t.listing.codes()[i];
     const Range slices = share_slices(layer.in_proj.linear, thread, parts);
     multiply(layer.in_proj.linear, slices, projected_.data() + slices.begin * kSlice, false);
@@ -217,7 +217,7 @@ void Model::step_thread(int thread, State& state, std::int32_t token, float* log
       k.head_step(head_of(layer, one, conv, ssm), projected_.data(), projected_.data() + shape.channels() + one * shape.width,
                   log_decay_of(logit + layer.decay_bias[i]), mixed_.data() + one * shape.width, t.scratch.data());
     }
-    if (!layer.out_proj.divisor && layer.out_proj.linear.integer()) pool_->barrier();
+    if (!layer.out_proj.threshold && layer.out_proj.linear.integer()) pool_->barrier();
     list(layer.out_proj, mixed_.data(), first, last, false, counts[1]);
     multiply(layer.out_proj.linear, {0, layer.out_proj.linear.slices}, t.partial_out.data(), true);
     pool_->barrier();
@@ -236,7 +236,7 @@ void Model::step_thread(int thread, State& state, std::int32_t token, float* log
       const float* gate = t.local.data() + (at - from) * 2;
       k.gated(gate, gate + kSlice, std::min(kSlice, to - at), product_.data() + at);
     }
-    if (!layer.down_proj.divisor && layer.down_proj.linear.integer()) pool_->barrier();
+    if (!layer.down_proj.threshold && layer.down_proj.linear.integer()) pool_->barrier();
     list(layer.down_proj, product_.data(), from, std::max(from, to), false, counts[3]);
     multiply(layer.down_proj.linear, {0, layer.down_proj.linear.slices}, t.partial_down.data(), true);
     pool_->barrier();

@@ -49,7 +49,7 @@ void Model::wide_site(int thread, int layer, int which, const Site& site, const 
   const int parts = pool_->size(), groups = linear.groups();
   const bool by_tokens = count >= 32 * parts;
   const Range mine = share(count, thread, parts);
-  const bool coded = site.divisor || linear.integer();
+  const bool coded = site.threshold || linear.integer();
   Counts ignored;
   Counts& counts = layer < 0 ? ignored : threads_[thread]->counts[layer * kSites + which];
   for (auto m = mine.begin; m < mine.end; ++m) {
@@ -59,8 +59,8 @@ void Model::wide_site(int thread, int layer, int which, const Site& site, const 
       counts.nonzero += linear.inputs;
       continue;
     }
-    if (site.divisor) {
-      k.encode(x, site.divisor, linear.inputs, site.encoder, codes);
+    if (site.threshold) {
+      k.encode(x, site.threshold, linear.inputs, site.encoder, codes);
       w.token_scales[m] = 1.0f;
     } else {
       w.token_scales[m] = k.quantise(x, linear.inputs, codes);
@@ -80,7 +80,7 @@ void Model::wide_site(int thread, int layer, int which, const Site& site, const 
     }
     if (!linear.integer())
       for (int i = 0; i < linear.inputs; ++i) w.values[m * linear.inputs + i] = codes[i];
-    if (site.divisor) counts.spikes += spikes;
+    if (site.threshold) counts.spikes += spikes;
     counts.nonzero += nonzero;
   }
   // Every row is read once a block, for all its tokens together.
@@ -169,7 +169,7 @@ void Model::wide_block(const std::vector<State*>& states, const std::int32_t* to
       wide_site(thread, index, 0, layer.in_proj, w.normed.data(), count, w.projected.data());
       for (int m = begin; m < end; ++m) {
         float* x = w.normed.data() + m * static_cast<std::size_t>(shape.hidden);
-        if (layer.in_proj.divisor)
+        if (layer.in_proj.threshold)
           for (int i = 0; i < shape.hidden; ++i)
             x[i] = w.codes[m * static_cast<std::size_t>(layer.in_proj.linear.rows) + i];
         for (int i = 0; i < shape.heads; ++i)

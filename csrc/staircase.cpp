@@ -1,4 +1,4 @@
-// The staircase V clamp(round(I / V)) of a neuron at tau = 1 (ATMN), forward and backward: an item is a block of rows.
+// The staircase V clamp(trunc(I / V + p sign(I))) of a neuron at tau = 1 (ATMN), forward and backward: an item is a block of rows.
 // Compiled once per instruction set. Does: give the very codes of the closed form in mar.neurons. Does not: add up the
 // blocks' gradients of V.
 #include "training_kernels.hpp"
@@ -9,23 +9,20 @@ namespace {
 constexpr Count kRowsOfItem = 64;
 constexpr Count kAhead = 2048;  // bytes, that memory is asked for before they are read
 
-// sum_t s_t of a quotient I / V, with the quotient's sign even where it is zero, and NaN for NaN.
-template <bool Round>
+// sum_t s_t of a quotient, with the quotient's sign even where it is zero, and NaN for NaN.
 Floats staircase(Floats v, Floats low, Floats high) {
   const Floats inside = v < low ? low : v > high ? high : v;
-  const Floats magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, halves to even
-  Floats code = Round ? (inside + magic) - magic
-                      : __builtin_convertvector(__builtin_convertvector(inside, Ints), Floats);
+  Floats code = __builtin_convertvector(__builtin_convertvector(inside, Ints), Floats);
   code = (Floats)((Words)code | ((Words)inside & 0x80000000u));
   return v == v ? code : v;
 }
 
-template <class T, bool Round>
+template <class T, bool Charged>
 struct Staircase {
   const StaircaseCall& call;
   const Count n = call.channels;
   const float* threshold = input<float>(call.threshold);
-  const float* divisor = input<float>(call.divisor);
+  const Floats precharge = splat(call.precharge);
   const Floats low = splat(call.low), high = splat(call.high);
   const Floats pass_low = splat(call.pass_low), pass_high = splat(call.pass_high);
 
@@ -37,13 +34,19 @@ struct Staircase {
     if (j < n) part(j, n - j);
   }
 
+  // I / V with what the membrane starts with. The sign is put on as bits, so that no compiler fuses product and sum.
+  Floats charged(Floats drive, Floats v) const {
+    if (!Charged) return drive / v;
+    return (drive + (Floats)((Words)(v * precharge) | ((Words)drive & 0x80000000u))) / v;
+  }
+
   void forward(Count i) const {
     const T* current = input<T>(call.current, i * n);
     T* out = output<T>(call.output, i * n);
     over_channels([&](Count j, Count lanes) __attribute__((always_inline)) {
       fetch(current + j);
-      const Floats v = load(current + j, lanes) / load(divisor + j, lanes);
-      store(out + j, staircase<Round>(v, low, high) * load(threshold + j, lanes), lanes);
+      const Floats v = load(threshold + j, lanes);
+      store(out + j, staircase(charged(load(current + j, lanes), v), low, high) * v, lanes);
     });
   }
 
@@ -55,11 +58,11 @@ struct Staircase {
       fetch(current + j);
       fetch(gradients + j);
       const Floats drive = load(current + j, lanes), gradient = load(gradients + j, lanes);
-      const Floats v = drive / load(threshold + j, lanes);
+      const Floats level = load(threshold + j, lanes), v = drive / level;
       const Floats passed = (v > pass_low) & (v < pass_high) ? gradient : Floats{};
       if (out) store(out + j, passed, lanes);
       if (!sums) return;
-      const Floats code = staircase<Round>(Round ? drive / load(divisor + j, lanes) : v, low, high);
+      const Floats code = staircase(Charged ? charged(drive, level) : v, low, high);
       store(sums + j, load(sums + j, lanes) + (code * gradient - passed * v), lanes);
     });
   }
@@ -67,9 +70,9 @@ struct Staircase {
   static void fetch(const T* from) { __builtin_prefetch(from + kAhead / sizeof(T), 0, 2); }
 };
 
-template <class T, bool Round>
+template <class T, bool Charged>
 void staircase_rows(const StaircaseCall& call, Count item, bool backward) {
-  const Staircase<T, Round> of{call};
+  const Staircase<T, Charged> of{call};
   const Count begin = item * kRowsOfItem;
   const Count end = begin + kRowsOfItem < call.rows ? begin + kRowsOfItem : call.rows;
   if (!backward) {
@@ -84,10 +87,10 @@ void staircase_rows(const StaircaseCall& call, Count item, bool backward) {
 
 void staircase_item(const StaircaseCall& call, Count item, bool backward) {
   if (call.bf16)
-    call.precharge ? staircase_rows<BFloat, true>(call, item, backward)
+    call.precharge > 0 ? staircase_rows<BFloat, true>(call, item, backward)
                    : staircase_rows<BFloat, false>(call, item, backward);
   else
-    call.precharge ? staircase_rows<float, true>(call, item, backward)
+    call.precharge > 0 ? staircase_rows<float, true>(call, item, backward)
                    : staircase_rows<float, false>(call, item, backward);
 }
 

@@ -57,15 +57,15 @@ struct ConvCall {
   Address dbias_parts = 0;     // fp32 (batch, channels)
 };
 
-// V clamp(round(I / V)) of mar.neurons: rounding half away if `precharge`, else towards zero.
+// V clamp(trunc(I / V + p sign(I))) of mar.neurons, p being `precharge`.
 struct StaircaseCall {
   std::int64_t rows = 0, channels = 0;
   bool bf16 = false;
-  bool precharge = false;
+  float precharge = 0;
   float low = 0, high = 0;             // the outermost codes
   float pass_low = 0, pass_high = 0;   // gradients pass strictly between these values of I / V
   Address current = 0, output = 0;     // (rows, channels)
-  Address threshold = 0, divisor = 0;  // fp32 (channels); divisor is V or, pre-charged, the float below it
+  Address threshold = 0;               // fp32 (channels)
   Address doutput = 0, dcurrent = 0;   // dcurrent or none
   Address dthreshold_parts = 0;        // fp32 (items, channels) or none
 };

@@ -138,8 +138,8 @@ def test_plain_loss(alpha: float, beta: float) -> None:
 
 
 @pytest.mark.parametrize("kind", ["atmn", "binary"])
-@pytest.mark.parametrize("precharge", [False, True])
-def test_plain_neuron(kind: str, precharge: bool) -> None:
+@pytest.mark.parametrize("precharge", [0.0, 0.25, 0.5])
+def test_plain_neuron(kind: str, precharge: float) -> None:
     config = NeuronConfig(kind=kind, time_steps=3, precharge=precharge)
     neuron = build_neuron(config, 6)
     current = (3 * torch.randn(50, 6)).requires_grad_()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mar import calibration
-from mar.calibration import Curve, calibrate_threshold, calibration_curve, spend_spikes
+from mar.calibration import Curve, Spent, calibrate_threshold, calibration_curve, spend_spikes
 from mar.config import NeuronConfig
 from mar.neurons import build_neuron
 from test_neurons import KINDS, every_kind, neuron_with, normal
@@ -110,8 +110,11 @@ def test_a_curve_says_what_the_neuron_does(name):
     torch.testing.assert_close(curve.energy, drive.double().square().mean(0))
     for choice in range(0, 40, 7):
         neuron = neuron_with(config, curve.thresholds[:, choice].log())
-        errors = (neuron(drive) - drive).double().square().mean(0)
+        output, scales = neuron(drive).double(), curve.scales[:, choice]
+        errors = (scales * output - drive).square().mean(0)
         torch.testing.assert_close(curve.errors[:, choice], errors, rtol=1e-3, atol=1e-6)
+        for factor in (0.98, 1.02):
+            assert ((factor * scales * output - drive).square().mean(0) >= errors).all()
         fired = neuron.spike_train(samples).abs().double().sum(0).mean(0)
         torch.testing.assert_close(curve.spikes[:, choice], fired, rtol=0, atol=0.01)
     assert (curve.spikes[:, 0] > 0.4).all()
@@ -132,20 +135,20 @@ def model_of(channels, sites=3):
     return samples, weights
 
 
-def spent_and_lost(samples, weights, thresholds, config):
+def spent_and_lost(samples, weights, chosen, config):
     """Spikes per MAC, and mean relative error of the sites' outputs with channels taken as uncorrelated."""
     spikes = lost = 0.0
-    for x, (weight,), v in zip(samples, weights, thresholds, strict=True):
+    for x, (weight,), (v, scale) in zip(samples, weights, chosen, strict=True):
         neuron = neuron_with(config, v.log())
         gain = weight.double().square().sum(0)
         spikes += neuron.spike_count(x).double().mean().item() / len(samples)
-        error = (neuron(x) - x).double().square().mean(0)
+        error = (scale * neuron(x) - x).double().square().mean(0)
         lost += ((error * gain).sum() / (x.double().square().mean(0) * gain).sum()).item()
     return spikes, lost
 
 
 @pytest.mark.parametrize("budget", [0.2, 0.5, 1.0])
-@pytest.mark.parametrize("precharge", [True, False])
+@pytest.mark.parametrize("precharge", [0.5, 0.25, 0.0])
 def test_a_budget_is_kept_and_spent_well(budget, precharge):
     """It buys less error than larger thresholds for all channels alike do at the same spikes."""
     config = NeuronConfig(time_steps=8, precharge=precharge)
@@ -157,7 +160,7 @@ def test_a_budget_is_kept_and_spent_well(budget, precharge):
     low, high = 0.3, 50.0
     for _ in range(30):
         factor = (low * high) ** 0.5
-        alike, lost_alike = spent_and_lost(samples, weights, [v * factor for v in least], config)
+        alike, lost_alike = spent_and_lost(samples, weights, [Spent(v * factor, 1.0) for v in least], config)
         low, high = (low, factor) if alike < spikes else (factor, high)
     assert alike == pytest.approx(spikes, abs=0.02)
     assert lost < 0.95 * lost_alike
@@ -166,15 +169,21 @@ def test_a_budget_is_kept_and_spent_well(budget, precharge):
 def test_spikes_go_where_they_count():
     curve = calibration_curve(normal(400, 4), NeuronConfig())
     weight = torch.tensor([[0.0, 0.1, 1.0, 10.0]])
-    v = spend_spikes([curve], [[weight]], 0.3)[0]
+    v = spend_spikes([curve], [[weight]], 0.3)[0].threshold
     assert v[3] < v[2] < v[1] <= v[0]
 
 
 def test_more_than_least_error_wants_is_not_spent():
     """Two outcomes by hand: V = 1 is exact at one spike a sample, V = 2 silent."""
-    curve = Curve(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]]), torch.ones(1))
+    curve = Curve(
+        torch.tensor([[1.0, 2.0]]),
+        torch.ones(1, 2),
+        torch.tensor([[0.0, 1.0]]),
+        torch.tensor([[1.0, 0.0]]),
+        torch.ones(1),
+    )
     weight = [[torch.ones(3, 1)]]
-    assert [spend_spikes([curve], weight, budget)[0].item() for budget in (5.0, 1.0, 0.9)] == [1.0, 1.0, 2.0]
+    assert [spend_spikes([curve], weight, budget)[0].threshold.item() for budget in (5.0, 1.0, 0.9)] == [1.0, 1.0, 2.0]
 
 
 @pytest.mark.parametrize("budget", [0.0, -1.0, float("nan"), float("inf")])

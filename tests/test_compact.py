@@ -189,7 +189,7 @@ def test_neurons_can_be_left_out(folders: Path) -> None:
     assert np.abs(engine.logits(engine.new_state(), ids.numpy()) - expected).max() < 1e-3
     config, found, _ = pack.read_folder(folder)
     arrays = pack.pack(config, found, pack.pack_settings(folder, None, None, False))
-    assert not [name for name in arrays if name.endswith((".divisor", ".multiplier"))]
+    assert not [name for name in arrays if name.endswith((".threshold", ".multiplier"))]
     assert Engine.from_pretrained(folder, neurons=False, threads=1).settings["precision"] == "int4"
 
 

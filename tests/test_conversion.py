@@ -427,7 +427,7 @@ def test_fine_neurons_nearly_reproduce_the_dense_model():
     expected = dense(**held_out).logits
     distances = []
     for time_steps in (4, 16, 127):
-        neurons = site_neurons(NeuronConfig(time_steps=time_steps, precharge=True))
+        neurons = site_neurons(NeuronConfig(time_steps=time_steps, precharge=0.5))
         spiking = insert_neurons(dense, neurons, batches())
         distances.append(forward_kl(expected, spiking(**held_out).logits).mean().item())
     assert distances[0] > 4 * distances[1] > 16 * distances[2] > 0
@@ -475,9 +475,21 @@ def test_thresholds_are_calibrated_per_channel_on_the_dense_models_activations()
         assert error(1) < min(error(0.6), error(1.6)), (layer, site)
 
 
+@pytest.mark.parametrize("precharge", [0.0, 0.25])
+def test_within_a_budget_weights_make_good_for_what_truncation_takes(precharge):
+    dense = mar_model()
+    neurons = site_neurons(NeuronConfig(time_steps=8, precharge=precharge))
+    spiking = insert_neurons(dense, neurons, batches(), tokens=96, spike_budget=0.5)
+    current = dense.model.layers[0].input_layernorm(dense.model.embed_tokens(next(iter(batches()))["input_ids"]))
+    neuron = spiking.model.layers[0].mixer.in_neuron
+    (own,), (scaled,) = (model.neuron_linears(0, "in_proj") for model in (dense, spiking))
+    wanted = own(current)
+    assert rms_ratio(scaled(neuron(current)), wanted) < rms_ratio(own(neuron(current)), wanted)
+
+
 def test_a_budget_of_spikes_is_kept_on_the_text_it_was_set_on():
     dense = mar_model()
-    neurons = site_neurons(NeuronConfig(time_steps=8, precharge=True))
+    neurons = site_neurons(NeuronConfig(time_steps=8, precharge=0.5))
     rates = {}
     for budget in (None, 0.8, 0.3):
         spiking = insert_neurons(dense, neurons, batches(), tokens=96, spike_budget=budget)

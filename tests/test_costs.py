@@ -223,7 +223,7 @@ def test_spiking_linears_charge_every_spike_and_dense_sites_stay_macs():
     ("neuron", "adds", "multiplies", "macs"),
     [
         (NeuronConfig(time_steps=4), 8, 0, 0),
-        (NeuronConfig(time_steps=4, precharge=True), 9, 0, 0),
+        (NeuronConfig(time_steps=4, precharge=0.5), 9, 0, 0),
         (NeuronConfig(time_steps=4, tau=2.0), 8, 3, 3),
         (NeuronConfig(time_steps=4, tau=2.0, merge="sum"), 8, 3, 0),
         (NeuronConfig(kind="ternary", time_steps=2), 4, 1, 0),

@@ -38,8 +38,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 SITES_LEFT_OUT: dict[str, dict[str, Any]] = {
     "all": SPIKING,
-    "in_proj": {"in_proj": {"time_steps": 16, "precharge": True}},
-    "out_proj and down_proj": {"out_proj": {}, "down_proj": {"kind": "binary", "precharge": True}},
+    "in_proj": {"in_proj": {"time_steps": 16, "precharge": 0.5}},
+    "out_proj and down_proj": {"out_proj": {}, "down_proj": {"kind": "binary", "precharge": 0.5}},
     "gate_up": {"gate_up": {"time_steps": 1, "threshold": "scalar"}},
     "127 steps": site_neurons(NeuronConfig(time_steps=127)),
 }

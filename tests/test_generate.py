@@ -32,7 +32,7 @@ def llama() -> LlamaForCausalLM:
 def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     if request.param == "llama":
         return llama()
-    neurons = site_neurons(NeuronConfig(time_steps=8, precharge=True)) if request.param == "spiking" else None
+    neurons = site_neurons(NeuronConfig(time_steps=8, precharge=0.5)) if request.param == "spiking" else None
     return mar_model(vocab_size=VOCAB, eos_token_id=END, pad_token_id=0, neurons=neurons)
 
 

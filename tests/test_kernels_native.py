@@ -214,7 +214,7 @@ CURRENTS = st.one_of(
     st.lists(CURRENTS, min_size=1, max_size=40),
     st.sampled_from([0.5, 1.0, 0.3]),
     st.sampled_from([1, 4, 16]),
-    st.booleans(),
+    st.sampled_from([0.0, 0.25, 0.3, 0.5]),
     st.sampled_from(["atmn", "binary"]),
     st.sampled_from(["channel", "scalar"]),
     st.sampled_from([torch.float32, torch.bfloat16]),

@@ -21,7 +21,7 @@ from mar.model import MarCache, MarForCausalLM, MarModel, identity_conv, spread_
 from mar.neurons import Neuron
 from tiny_models import VOCABULARY, documents, mar_config, mar_model, packed_rows, rms_ratio
 
-SPIKING = site_neurons(NeuronConfig(), {"down_proj": {"time_steps": 9, "precharge": True}})
+SPIKING = site_neurons(NeuronConfig(), {"down_proj": {"time_steps": 9, "precharge": 0.5}})
 TOKENS = torch.randint(1, VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(5))
 
 
@@ -404,7 +404,7 @@ def test_config_round_trip(tmp_path):
     assert loaded.to_diff_dict() == config.to_diff_dict()
     for site in SITES:
         assert loaded.neuron(site) == config.neuron(site)
-    assert loaded.neuron("down_proj") == NeuronConfig(time_steps=9, precharge=True)
+    assert loaded.neuron("down_proj") == NeuronConfig(time_steps=9, precharge=0.5)
     assert loaded.neuron("in_proj") == NeuronConfig()
     assert mar_config().neuron("in_proj") is None
 
@@ -433,8 +433,8 @@ def test_config_round_trip(tmp_path):
         ({"neurons": {"in_proj": {"time_steps": "4"}}}, r"^neurons\.in_proj: time_steps is '4'"),
         ({"neurons": {"in_proj": {"tau": "1"}}}, r"^neurons\.in_proj: tau is '1'; .* use a number above 0"),
         (
-            {"neurons": {"in_proj": {"precharge": "no"}}},
-            r"^neurons\.in_proj: precharge is 'no'; use one of True",
+            {"neurons": {"in_proj": {"precharge": True}}},
+            r"^neurons\.in_proj: precharge is True; it is a part of V",
         ),
         ({"input_gain": "decay"}, "input_gain is 'decay'; use one of 'none', 'one_minus_decay'"),
         ({"bc_norm": "rms"}, "bc_norm is 'rms'; use one of 'none', 'l2'"),

@@ -311,7 +311,7 @@ def test_arrays_of_another_size_or_kind_are_refused(parts):
         for one in wrong[:: 1 if name.startswith("layers.0.in_proj") else 3]:
             with pytest.raises(ValueError, match=r"bytes instead of|no flat array"):
                 core(settings, arrays | {name: one})
-        if name.endswith((".bias", ".divisor", ".multiplier")) or name == "embedding":
+        if name.endswith((".bias", ".threshold", ".multiplier")) or name == "embedding":
             continue
         with pytest.raises(ValueError, match=f"The packed model has no '{re.escape(name)}'"):
             core(settings, {other: value for other, value in arrays.items() if other != name})

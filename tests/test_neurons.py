@@ -24,13 +24,13 @@ from mar.surrogate import PRIMITIVES, SURROGATES
 ASSETS = Path(__file__).parent / "assets" / "neurons"
 KINDS = {
     "atmn": NeuronConfig(),
-    "atmn-precharged": NeuronConfig(precharge=True),
+    "atmn-precharged": NeuronConfig(precharge=0.5),
     "atmn-leaky": NeuronConfig(tau=2.0),
-    "atmn-leaky-precharged": NeuronConfig(tau=1.5, precharge=True),
+    "atmn-leaky-precharged": NeuronConfig(tau=1.5, precharge=0.5),
     "atmn-growing-sum": NeuronConfig(tau=0.5, merge="sum"),
     "ternary": NeuronConfig(kind="ternary"),
     "binary": NeuronConfig(kind="binary"),
-    "binary-precharged": NeuronConfig(kind="binary", precharge=True),
+    "binary-precharged": NeuronConfig(kind="binary", precharge=0.5),
     "binary-leaky": NeuronConfig(kind="binary", tau=2.0),
 }
 CLOSED = {name: config for name, config in KINDS.items() if has_closed_form(config)}
@@ -50,7 +50,7 @@ def neuron_with(config, a):
 
 def distance_to_threshold(current, threshold, config):
     """How far |I| / V lies from the nearest point where the code changes, relative to that point, in fp64."""
-    shift = 0.5 if config.precharge else 0.0
+    shift = config.precharge
     v = current.double().abs() / threshold.double()
     nearest = ((v + shift).round().clamp(1, config.time_steps)) - shift
     return (v - nearest).abs() / nearest
@@ -129,14 +129,14 @@ def test_steps_by_hand():
     kind=st.sampled_from(["atmn", "binary"]),
     steps=st.integers(1, 12),
     tau=st.sampled_from([0.5, 0.9, 1.0, 1.7, 2.0]),
-    precharge=st.booleans(),
+    precharge=st.sampled_from([0.0, 0.25, 0.4, 0.5, 0.9]),
 )
 @settings(max_examples=60, deadline=None)
 def test_current_is_weighted_spikes_plus_remainder(seed, kind, steps, tau, precharge):
     config = NeuronConfig(kind=kind, time_steps=steps, tau=tau, precharge=precharge)
     current, threshold = normal(40, 8, seed=seed, dtype=torch.float64) * 3, normal(8, seed=seed + 1).exp()
     spikes, membrane = recurrence(current, threshold, config)
-    start = current.sign() * threshold / 2 if precharge else 0
+    start = current.sign() * (threshold * precharge)
     rebuilt = merge_spikes(spikes, threshold, config) + tau ** (steps - 1) * membrane[-1]
     torch.testing.assert_close(current + start, rebuilt, atol=1e-9, rtol=1e-9)
 
@@ -145,7 +145,7 @@ def test_current_is_weighted_spikes_plus_remainder(seed, kind, steps, tau, prech
     seed=st.integers(0, 2**20),
     kind=st.sampled_from(["atmn", "binary"]),
     steps=st.sampled_from([1, 2, 4, 8, 16, 127]),
-    precharge=st.booleans(),
+    precharge=st.sampled_from([0.0, 0.25, 0.4, 0.5, 0.9]),
     near=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
@@ -158,7 +158,7 @@ def test_closed_form_is_the_recurrence(seed, kind, steps, precharge, near, dtype
     if near:
         multiple = torch.randint(1, steps + 1, current.shape, generator=torch.Generator().manual_seed(seed))
         offset = normal(*current.shape, seed=seed + 2) * 3e-5
-        current = current.sign() * (multiple - 0.5 * precharge) * threshold * (1 + offset)
+        current = current.sign() * (multiple - precharge) * threshold * (1 + offset)
     current = current.to(dtype)
     expected = recurrence(current, threshold, config).spikes.sum(0)
     code = build_code(current, threshold, config)
@@ -184,7 +184,7 @@ def test_single_step_truncation_never_differs():
 def test_exact_multiples_are_not_missed(config):
     """A product with 1 / V would put some of them one level too low."""
     threshold = normal(512).exp().bfloat16().float()
-    levels = torch.arange(1, 5)[:, None] - (0.5 if config.precharge else 0)
+    levels = torch.arange(1, 5)[:, None] - config.precharge
     current = levels * threshold
     assert torch.equal(build_code(current, threshold, config), torch.arange(1.0, 5)[:, None].expand(4, 512))
     assert torch.equal(recurrence(current, threshold, config).spikes.sum(0), build_code(current, threshold, config))
@@ -195,7 +195,7 @@ def test_exact_multiples_are_not_missed(config):
 def test_precharged_rounds_half_away_from_zero():
     v = torch.tensor([0.49, 0.5, 1.49, 1.5, 2.5, 3.5, 4.5, 9.0])
     for threshold in (1.0, 0.75, 0.1):
-        neuron = neuron_with(NeuronConfig(precharge=True), torch.full((8,), threshold).log())
+        neuron = neuron_with(NeuronConfig(precharge=0.5), torch.full((8,), threshold).log())
         current = v * neuron.threshold
         assert neuron.encode(current).tolist() == [0, 1, 1, 2, 3, 4, 4, 4]
         assert neuron.encode(-current).tolist() == [0, -1, -1, -2, -3, -4, -4, -4]
@@ -325,7 +325,7 @@ def test_state_dict_round_trip(config, threshold, tmp_path):
 def test_refusals():
     with pytest.raises(ValueError, match="surrogate is 'box'; use one of 'ste'"):
         build_neuron(NeuronConfig(surrogate="box"), 4)
-    for changes in ({"tau": 2.0}, {"precharge": True}):
+    for changes in ({"tau": 2.0}, {"precharge": 0.5}):
         with pytest.raises(ValueError, match="the ternary neuron has a fixed leak"):
             build_neuron(NeuronConfig(kind="ternary", **changes), 4)
     for config in (NeuronConfig(), NeuronConfig(threshold="scalar")):
@@ -362,8 +362,7 @@ def test_closed_form_gradient(config, surrogate, threshold):
 
     def objective_at(x, a, config):
         def smooth(x, a):
-            shift = 0.5 if config.precharge else 0.0
-            return PRIMITIVES[surrogate](x / a.exp(), config.time_steps, shift, config.kind != "binary")
+            return PRIMITIVES[surrogate](x / a.exp(), config.time_steps, config.precharge, config.kind != "binary")
 
         rest = closed_form(x, a.exp(), config) - smooth(x, a)
         return lambda x, a: a.exp() * (smooth(x, a) + rest)
@@ -375,7 +374,7 @@ def smooth_steps(x, a, config, marks):
     """The T steps with each firing S(h / V) + rest; called with no `marks`, it spikes for real and notes the rests."""
     recording, hard = not marks, config.kind == "ternary"
     threshold, shift, signed = a.exp(), 0.5 if hard else 0.0, config.kind != "binary"
-    u = config.tau * x.sign() * threshold / 2 if config.precharge else torch.zeros_like(x)
+    u = config.tau * x.sign() * threshold * config.precharge
     total = torch.zeros_like(x)
     for t in range(config.time_steps):
         h = u / 4 + x if hard else u / config.tau + (x if t == 0 else 0)

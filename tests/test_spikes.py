@@ -121,7 +121,7 @@ def test_mac_weighting_by_hand():
 NEURONS = {
     "published": NeuronConfig(time_steps=3),
     "one step": NeuronConfig(time_steps=1),
-    "pre-charged": NeuronConfig(time_steps=3, precharge=True),
+    "pre-charged": NeuronConfig(time_steps=3, precharge=0.5),
     "leaky": NeuronConfig(time_steps=3, tau=2.0),
     "growing": NeuronConfig(time_steps=3, tau=0.5, merge="sum"),
     "scalar": NeuronConfig(time_steps=3, threshold="scalar"),

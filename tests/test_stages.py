@@ -20,7 +20,7 @@ from mar.stages import TRAINABLE, Align, Distill, Orient, Spike, SpikeAlign, lay
 from tiny_models import llama_model, mar_model, packed_rows
 
 BATCH = packed_rows()
-NEURONS = site_neurons(NeuronConfig(time_steps=3), {"down_proj": {"time_steps": 6, "precharge": True}})
+NEURONS = site_neurons(NeuronConfig(time_steps=3), {"down_proj": {"time_steps": 6, "precharge": 0.5}})
 
 
 def backward(loss: Tensor) -> None:

@@ -91,13 +91,13 @@ def test_insert_does_what_the_recipe_s_settings_do(folders: Folders, teacher: Te
         text=text,
         tokens=700,
         time_steps=3,
-        precharge=True,
+        precharge=0.5,
         sites=["down_proj", "in_proj"],
-        per_site=["down_proj.time_steps=16", "down_proj.precharge=no", "in_proj.tau=2.0"],
+        per_site=["down_proj.time_steps=16", "down_proj.precharge=0", "in_proj.tau=2.0"],
     )
     placed = site_neurons(
-        NeuronConfig(time_steps=3, precharge=True),
-        {"down_proj": {"time_steps": 16, "precharge": False}, "in_proj": {"tau": 2.0}},
+        NeuronConfig(time_steps=3, precharge=0.5),
+        {"down_proj": {"time_steps": 16, "precharge": 0.0}, "in_proj": {"tau": 2.0}},
         ("down_proj", "in_proj"),
     )
     rows = PackedRows(DataConfig(text), teacher.tokenizer)
@@ -115,7 +115,7 @@ def test_insert_does_what_the_recipe_s_settings_do(folders: Folders, teacher: Te
     kept = provenance(tmp_path / "spiking")
     assert kept["parent"] == {"kind": "folder", "name": str(folders["dense"]), "sha256": digest(folders["dense"])}
     assert (kept["step"], kept["teacher"], kept["tokens"]) == ("insert_neurons", teacher.source, 0)
-    assert kept["settings"]["per_site"]["down_proj"] == {"time_steps": 16, "precharge": False}
+    assert kept["settings"]["per_site"]["down_proj"] == {"time_steps": 16, "precharge": 0.0}
     assert (kept["settings"]["text"], kept["settings"]["tokens"]) == (text, 700)
     train(folders | {"spiking": tmp_path / "spiking"}, tmp_path / "trained", "spike", teacher=folders["dense"])
 

@@ -35,21 +35,21 @@ void elementwise(const mar::Kernels& k) {
 void encoders(const mar::Kernels& k) {
   for (int n : {1, 15, 16, 33}) {
     for (int steps : {1, 4, 16, 127})
-      for (bool round : {false, true})
+      for (float precharge : {0.0f, 0.25f, 0.5f})
         for (int low : {0, -steps}) {
-          std::vector<float> x(n), divisor(n);
+          std::vector<float> x(n), threshold(n);
           for (int i = 0; i < n; ++i) {
-            divisor[i] = std::exp(normal());
+            threshold[i] = std::exp(normal());
             // Multiples and halves exactly, far beyond the last threshold, and anything.
-            const float places[] = {integer(-steps, steps) * divisor[i], (integer(-steps, steps) + 0.5f) * divisor[i],
+            const float places[] = {integer(-steps, steps) * threshold[i], (integer(-steps, steps) + 0.5f) * threshold[i],
                                     normal(1e30f), normal(2.0f * steps), 0.0f, -0.0f};
             x[i] = places[integer(0, 5)];
           }
           std::vector<std::int8_t> found(n);
-          k.encode(x.data(), divisor.data(), n, {low, steps, round}, found.data());
+          k.encode(x.data(), threshold.data(), n, {low, steps, precharge}, found.data());
           for (int i = 0; i < n; ++i) {
-            const float ratio = x[i] / divisor[i];
-            const float whole = round ? std::nearbyint(ratio) : std::trunc(ratio);
+            const float charge = precharge * threshold[i];
+            const float whole = std::trunc((x[i] + std::copysign(charge, x[i])) / threshold[i]);
             CHECK(found[i] == std::clamp(whole, static_cast<float>(low), static_cast<float>(steps)));
           }
         }
@@ -57,8 +57,8 @@ void encoders(const mar::Kernels& k) {
     const std::vector<float> odd(n, std::nanf("")), ones(n, 1.0f), zeros(n, 0.0f);
     std::vector<std::int8_t> found(n);
     for (const auto* x : {&odd, &ones, &zeros})
-      for (const auto* divisor : {&odd, &zeros}) {
-        k.encode(x->data(), divisor->data(), n, {-4, 4, true}, found.data());
+      for (const auto* threshold : {&odd, &zeros}) {
+        k.encode(x->data(), threshold->data(), n, {-4, 4, 0.5f}, found.data());
         for (int code : found) CHECK(code >= -4 && code <= 4);
       }
   }

@@ -19,7 +19,7 @@ struct Sizes {
 struct Arrays {
   struct Layer {
     Weights linears[4];
-    std::vector<float> divisors[4];
+    std::vector<float> thresholds[4];
     std::vector<std::int8_t> multipliers[4];
     std::vector<float> mixer_norm, ffn_norm, decay_weight, decay_bias, conv_weight, conv_bias, gate_bias, skip;
   };
@@ -40,7 +40,7 @@ struct Arrays {
         layer.linears[site] = Weights(precision, inputs[site], outputs[site], spiking && site >= 2);
         if (!spiking || (index == 1 && site == 1)) continue;
         for (int i = 0; i < inputs[site]; ++i) {
-          layer.divisors[site].push_back(0.3f + 0.2f * std::fabs(normal()));
+          layer.thresholds[site].push_back(0.3f + 0.2f * std::fabs(normal()));
           layer.multipliers[site].push_back(static_cast<std::int8_t>(integer(1, 127 / steps(site))));
         }
       }
@@ -64,10 +64,10 @@ struct Arrays {
       mar::Site* sites[4] = {&layer.in_proj, &layer.out_proj, &layer.gate_up, &layer.down_proj};
       for (int site = 0; site < 4; ++site) {
         sites[site]->linear = from.linears[site].linear;
-        if (from.divisors[site].empty()) continue;
-        sites[site]->divisor = from.divisors[site].data();
+        if (from.thresholds[site].empty()) continue;
+        sites[site]->threshold = from.thresholds[site].data();
         if (sites[site]->linear.integer()) sites[site]->multiplier = from.multipliers[site].data();
-        sites[site]->encoder = {site == 1 ? 0 : -steps(site), steps(site), site == 2};
+        sites[site]->encoder = {site == 1 ? 0 : -steps(site), steps(site), 0.25f * static_cast<float>(site)};
       }
       layer.mixer_norm = from.mixer_norm.data(), layer.ffn_norm = from.ffn_norm.data();
       layer.decay_weight = from.decay_weight.data(), layer.decay_bias = from.decay_bias.data();

@@ -130,8 +130,8 @@ void convolution(const mar::Training& table, std::int64_t length, std::int64_t c
   if (continues) check_close(dpast, wanted_dpast, 1e-6);
 }
 
-void staircase(const mar::Training& table, std::int64_t rows, std::int64_t channels, bool bf16, bool round) {
-  const float steps = 4, pass = round ? 4.5f : 5.0f;
+void staircase(const mar::Training& table, std::int64_t rows, std::int64_t channels, bool bf16, float precharge) {
+  const float steps = 4, pass = 5.0f - precharge;
   std::vector<float> levels;
   for (float& one : levels = normals(channels, 0.3f)) one = std::exp(one);
   std::vector<float> currents(rows * channels);
@@ -141,17 +141,14 @@ void staircase(const mar::Training& table, std::int64_t rows, std::int64_t chann
     const float places[] = {integer(-6, 6) * v, (integer(-6, 6) + 0.5f) * v, normal(1e30f), normal(4.0f), 0.0f, -0.0f};
     currents[i] = places[integer(0, 5)];
   }
-  std::vector<float> below = levels;
-  if (round)
-    for (float& one : below) one = std::nextafter(one, 0.0f);
-  const Tensor current(currents, bf16), threshold(levels, false), divisor(below, false);
+  const Tensor current(currents, bf16), threshold(levels, false);
   const Tensor gradient = random(current.size(), bf16);
   Tensor out(current.size(), bf16), dcurrent(current.size(), bf16);
   mar::StaircaseCall call;
-  call.rows = rows, call.channels = channels, call.bf16 = bf16, call.precharge = round;
+  call.rows = rows, call.channels = channels, call.bf16 = bf16, call.precharge = precharge;
   call.low = -steps, call.high = steps, call.pass_low = -pass, call.pass_high = pass;
   call.current = current.address(), call.output = out.address();
-  call.threshold = threshold.address(), call.divisor = divisor.address();
+  call.threshold = threshold.address();
   call.doutput = gradient.address(), call.dcurrent = dcurrent.address();
   Tensor parts(table.staircase_items(call) * channels, false);
   call.dthreshold_parts = parts.address();
@@ -162,8 +159,8 @@ void staircase(const mar::Training& table, std::int64_t rows, std::int64_t chann
   Doubles wanted(channels), found(channels);
   for (std::size_t i = 0; i < current.size(); ++i) {
     const std::size_t c = i % channels;
-    const float ratio = static_cast<float>(current[i]) / below[c], v = static_cast<float>(current[i]) / levels[c];
-    const float held = std::clamp(ratio, -steps, steps), code = round ? std::nearbyint(held) : std::trunc(held);
+    const float drive = static_cast<float>(current[i]), v = drive / levels[c], charge = precharge * levels[c];
+    const float code = std::trunc(std::clamp((drive + std::copysign(charge, drive)) / levels[c], -steps, steps));
     const float emitted = code * levels[c];
     CHECK(bf16 ? std::fabs(out[i] - emitted) <= 0x1p-8 * std::fabs(emitted) : out[i] == emitted);
     CHECK(std::signbit(out[i]) == std::signbit(current[i]));
@@ -306,9 +303,9 @@ void test_training(const mar::Variant& variant) {
       for (std::int64_t length : {1, 2, 7, 8, 9, 33})
         for (std::int64_t channels : {1, 15, 16, 17, 70, 300}) convolution(table, length, channels, taps, bf16);
     convolution(table, 130, 300, 4, bf16);  // several segments and panels
-    for (bool round : {false, true})
+    for (float precharge : {0.0f, 0.25f, 0.5f})
       for (std::int64_t rows : {1, 63, 64, 65})
-        for (std::int64_t channels : {1, 15, 16, 17, 70}) staircase(table, rows, channels, bf16, round);
+        for (std::int64_t channels : {1, 15, 16, 17, 70}) staircase(table, rows, channels, bf16, precharge);
     for (bool whole : {false, true}) {
       scan(table, {1, 1, 1, 1}, whole, bf16, true);
       scan(table, {3, 2, 5, 3}, whole, bf16, true);

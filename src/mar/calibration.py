@@ -23,13 +23,22 @@ CALIBRATION_SAMPLES = {"channel": 1024, "scalar": 2**18}
 class Curve(NamedTuple):
     """Choices of V for each channel, and what they cost: all (channels, choices) but `energy`, (channels,).
 
-    error: mean (output - x)^2. spikes: mean sum_t |s_t|. energy: mean x^2, of what can drive the neuron.
+    scales: what the output is multiplied by for the least error. errors: mean (scale * output - x)^2. spikes: mean
+    sum_t |s_t|. energy: mean x^2, of what can drive the neuron.
     """
 
     thresholds: Tensor
+    scales: Tensor
     errors: Tensor
     spikes: Tensor
     energy: Tensor
+
+
+class Spent(NamedTuple):
+    """What a site's channels (channels,) got of a budget: V, and the factor on the output that goes with it."""
+
+    threshold: Tensor
+    scale: Tensor
 
 
 def calibrate_threshold(samples: Float[Tensor, "n channels"], config: NeuronConfig) -> Float[Tensor, "thresholds"]:
@@ -64,13 +73,14 @@ def calibration_curve(samples: Float[Tensor, "n channels"], config: NeuronConfig
         choices = torch.where(rms > 0, rms, 1.0)[:, None] * torch.logspace(-1.2, 1.0, 40, device=rms.device)
         cross, square, fired = _staircase_sums(drive, config)(choices)
         energy = drive.double().square().sum(0)[:, None]
-        error = energy + choices * (choices * square - 2 * cross)
-        blocks.append((choices, error / len(drive), fired / len(drive), energy[:, 0] / len(drive)))
+        scales = torch.where(square > 0, cross / (choices * square), 1.0)
+        error = energy - scales * choices * cross
+        blocks.append((choices, scales, error / len(drive), fired / len(drive), energy[:, 0] / len(drive)))
     return Curve(*(torch.cat(parts) for parts in zip(*blocks, strict=True)))
 
 
-def spend_spikes(curves: list[Curve], weights: list[list[Tensor]], budget: float) -> list[Float[Tensor, "channels"]]:
-    """Thresholds of each site of a whole model, whose spikes per MAC (r·T) stay within the budget at the least error.
+def spend_spikes(curves: list[Curve], weights: list[list[Tensor]], budget: float) -> list[Spent]:
+    """V and scale of each channel of a whole model, within a budget of spikes per MAC (r·T), at the least error.
 
     curves: of `calibration_curve`. weights: (outputs, channels) of the linears that each site feeds. A site's error is
     that of its linears' outputs, the channels' own errors taken as uncorrelated, over the outputs' energy; all sites
@@ -99,7 +109,10 @@ def spend_spikes(curves: list[Curve], weights: list[list[Tensor]], budget: float
             price = math.sqrt(low * high)
             low, high = (price, high) if choose(price)[1] > budget else (low, price)
         picked, _ = choose(high)
-    return [curve.thresholds.gather(1, pick)[:, 0] for curve, pick in zip(curves, picked, strict=True)]
+    return [
+        Spent(curve.thresholds.gather(1, pick)[:, 0], curve.scales.gather(1, pick)[:, 0].float())
+        for curve, pick in zip(curves, picked, strict=True)
+    ]
 
 
 def _thinned(samples: Float[Tensor, "n channels"], config: NeuronConfig) -> Float[Tensor, "rows columns"]:
@@ -152,7 +165,7 @@ def _staircase(config: NeuronConfig) -> tuple[list[float], list[float]]:
         thresholds = [0.5 * (1 - TERNARY_LEAK) / (1 - TERNARY_LEAK**n) for n in range(steps, 0, -1)]
         return thresholds, [(steps // n) / steps for n in range(steps, 0, -1)]
     levels = [float(k) for k in range(1, steps + 1)]
-    return [k - (0.5 if config.precharge else 0.0) for k in levels], levels
+    return [k - config.precharge for k in levels], levels
 
 
 def _staircase_error(drive: Float[Tensor, "n channels"], config: NeuronConfig) -> Callable[[Tensor], Tensor]:

@@ -179,7 +179,7 @@ def _neuron(neuron: NeuronConfig | None, channels: int, outputs: int, share: Num
     if neuron is None:
         return
     steps, thresholds = neuron.time_steps, channels if neuron.threshold == "channel" else 1
-    yield Row("neuron", "add", (2 * steps + neuron.precharge) * channels, thresholds * share)
+    yield Row("neuron", "add", (2 * steps + (neuron.precharge > 0)) * channels, thresholds * share)
     if neuron.tau != 1 or neuron.kind == "ternary":
         yield Row("neuron", "multiply", (steps - 1) * channels)
     if neuron.tau != 1 and neuron.merge == "weighted":

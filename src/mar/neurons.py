@@ -72,13 +72,13 @@ def recurrence(
     """The T steps of one token as the papers write them, in fp32 or better; differentiable through the surrogate.
 
     `atmn` is eq. 1-4 of arXiv 2601.21503, `binary` the same with the positive spike only; pre-charged, they start from
-    u_{-1} = tau sign(I) V / 2 instead of 0. `ternary` is Guo et al. (AAAI 2024): u <- 0.25 u + I at every step, a spike
-    where |u| >= V / 2, hard reset u <- u (1 - |s|). threshold: V, one per channel or one for all.
+    u_{-1} = tau sign(I) p V instead of 0, p being `precharge`. `ternary` is Guo et al. (AAAI 2024): u <- 0.25 u + I at
+    every step, a spike where |u| >= V / 2, hard reset u <- u (1 - |s|). threshold: V, one per channel or one for all.
     """
     current = current.to(torch.promote_types(current.dtype, torch.float32))
     membrane = torch.zeros_like(current)
     if config.precharge:
-        membrane = config.tau * current.sign() * threshold / 2
+        membrane = config.tau * current.sign() * (config.precharge * threshold)
     spikes, membranes = [], []
     for t in range(config.time_steps):
         if hard_reset := config.kind == "ternary":
@@ -116,7 +116,7 @@ def _emission(threshold: Tensor, config: NeuronConfig) -> Tensor:
 
 
 def has_closed_form(config: NeuronConfig) -> bool:
-    """Whether the T spikes of this neuron are one rounding of I / V."""
+    """Whether the T spikes of this neuron are I / V made a whole number in one go."""
     return config.kind != "ternary" and config.tau == 1
 
 
@@ -126,18 +126,15 @@ def closed_form(
     config: NeuronConfig,
     out: Float[Tensor, "*batch channels"] | None = None,
 ) -> Float[Tensor, "*batch channels"]:
-    """The code sum_t s_t at tau = 1, as fp32: I / V truncated, or rounded half away if pre-charged, then clamped.
+    """The code sum_t s_t at tau = 1, as fp32: (I + p V sign(I)) / V truncated, then clamped, p being `precharge`.
 
     current must be fp32, for a quotient rounded to bf16 jumps over thresholds; it is divided, since its product with
     1 / V can miss an exact multiple of V. `out` may be `current` itself.
     """
     if config.precharge:
-        # A divisor one ulp smaller lifts exact halves just over the tie, where round() would go to the even neighbour.
-        divisor = torch.nextafter(threshold, torch.zeros_like(threshold))
-        code = torch.div(current, divisor, out=out).round_()
-    else:
-        # Not torch.trunc: on CPU (torch 2.13) it runs 50 times slower than this fused division.
-        code = torch.div(current, threshold, rounding_mode="trunc", out=out)
+        current = torch.addcmul(current, current.sign(), config.precharge * threshold, out=out)
+    # Not torch.trunc: on CPU (torch 2.13) it runs 50 times slower than this fused division.
+    code = torch.div(current, threshold, rounding_mode="trunc", out=out)
     return code.clamp_(-config.time_steps if _signed(config) else 0, config.time_steps)
 
 
@@ -206,8 +203,7 @@ def _pass_through(grad: Tensor, v: Tensor, config: NeuronConfig) -> None:
         low, high = ste_range(config.time_steps, _signed(config))
         torch.ops.aten.hardtanh_backward(grad, v, low, high, grad_input=grad)
     else:
-        shift = 0.5 if config.precharge else 0.0
-        grad.mul_(SURROGATES[config.surrogate](v, config.time_steps, shift, _signed(config)))
+        grad.mul_(SURROGATES[config.surrogate](v, config.time_steps, config.precharge, _signed(config)))
 
 
 class Neuron(nn.Module):
@@ -224,7 +220,7 @@ class Neuron(nn.Module):
         if config.kind == "ternary" and (config.precharge or config.tau != 1):
             raise ValueError(
                 f"the ternary neuron has a fixed leak of {TERNARY_LEAK} and no pre-charge, but tau is {config.tau} and "
-                f"precharge is {config.precharge}; leave them at 1 and False."
+                f"precharge is {config.precharge}; leave them at 1 and 0."
             )
         self.config = config
         self.channels = channels

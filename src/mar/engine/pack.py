@@ -41,7 +41,7 @@ SLICE, QUAD = 64, 4
 PANEL = 18
 """Slices of one panel at most: long enough for a row's piece to be worth a jump, short enough to stay in the cache."""
 
-MAGIC = b"MARPACK5"
+MAGIC = b"MARPACK6"
 START = len(MAGIC) + hashlib.sha256().digest_size
 """Where what the digest covers starts: the header's length in 8 bytes, the header, the arrays."""
 
@@ -52,7 +52,7 @@ GIVE_A_FOLDER = "give a folder that mar wrote (LLaMA teachers run on torch)"
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_heads", "head_dim")
 SIZES += ("state_size", "conv_kernel")
 SITES = ("in_proj", "out_proj", "gate_up", "down_proj")
-NEURON = {"kind": "atmn", "time_steps": 4, "tau": 1.0, "threshold": "channel", "precharge": False}
+NEURON = {"kind": "atmn", "time_steps": 4, "tau": 1.0, "threshold": "channel", "precharge": 0.0}
 """What a neuron is where its settings do not say, as in mar.config.NeuronConfig, which would bring torch along."""
 
 Array = NDArray[Any]
@@ -151,7 +151,7 @@ def engine_settings(config: dict[str, Any], settings: PackSettings) -> dict[str,
     }
     for site, neuron in _neurons(config, settings).items():
         steps = neuron["time_steps"]
-        found[f"{site}.encoder"] = (0 if neuron["kind"] == "binary" else -steps, steps, bool(neuron["precharge"]))
+        found[f"{site}.encoder"] = (0 if neuron["kind"] == "binary" else -steps, steps, neuron["precharge"])
     return found
 
 
@@ -170,6 +170,8 @@ def _neurons(config: dict[str, Any], settings: PackSettings) -> dict[str, dict[s
     neurons = {site: NEURON | neuron for site, neuron in given.items()}
     for site, neuron in neurons.items():
         _integer(neuron, "time_steps", 127)
+        if not isinstance(neuron["precharge"], int | float) or not 0 <= neuron["precharge"] < 1:
+            raise ValueError(f"precharge of {site} is {neuron['precharge']!r}; it must be a number from 0 to below 1.")
         if neuron["kind"] not in ("atmn", "binary") or neuron["tau"] != 1:
             raise ValueError(
                 f"The {site} neuron is {neuron['kind']!r} with tau {neuron['tau']!r}; the engine runs neurons whose "
@@ -215,8 +217,7 @@ def pack(config: dict[str, Any], weights: dict[str, Array], settings: PackSettin
         inputs = folded[0].shape[1]
         a = take(f"{module}.a", 1 if neurons[site]["threshold"] == "scalar" else inputs)
         v = thresholds(f"{module}.a", a, inputs)
-        # As in neurons.closed_form: one ulp smaller where codes are rounded, so that exact halves go up.
-        arrays[f"{at}{site}.divisor"] = np.nextafter(v, np.float32(0)) if neurons[site]["precharge"] else v
+        arrays[f"{at}{site}.threshold"] = v
         if settings.precision in ("int8", "int4"):
             multipliers = compact.multipliers.get(module)
             if multipliers is None:

@@ -117,12 +117,12 @@ def staircase(
     threshold: Float[Tensor, "thresholds"],
     codes: tuple[float, float],
     passing: tuple[float, float],
-    precharge: bool,
+    precharge: float,
 ) -> Float[Tensor, "*batch channels"]:
-    """V clamp(round(I / V)): the output of a neuron at tau = 1, for a current that the core `takes`.
+    """V clamp(trunc(I / V + p sign(I))): the output of a neuron at tau = 1, for a current that the core `takes`.
 
     codes: the outermost ones. passing: gradients of the current pass while I / V lies strictly between these; as
-    `mar.neurons` has it, the gradient of V is code - S'(v) v. precharge: round half away, else towards zero.
+    `mar.neurons` has it, the gradient of V is code - S'(v) v. precharge: p.
     """
     return _Staircase.apply(current, threshold, codes, passing, precharge)  # type: ignore[return-value]
 
@@ -340,13 +340,11 @@ def _parts(mixed: Tensor, call: Any) -> tuple[Any, Any, Any]:
 
 class _Staircase(torch.autograd.Function):
     @staticmethod
-    def _describe(rows: Tensor, threshold: Tensor, codes: Any, passing: Any, precharge: bool) -> _Call:
+    def _describe(rows: Tensor, threshold: Tensor, codes: Any, passing: Any, precharge: float) -> _Call:
         wide = threshold.detach().float().expand(rows.shape[1]).contiguous()
-        # See `mar.neurons.closed_form` for the divisor.
-        divisor = torch.nextafter(wide, torch.zeros_like(wide)) if precharge else wide
         call = _Call("StaircaseCall", rows=rows.shape[0], channels=rows.shape[1], bf16=rows.dtype == torch.bfloat16)
         call.set(precharge=precharge, low=codes[0], high=codes[1], pass_low=passing[0], pass_high=passing[1])
-        call.set(current=rows, threshold=wide, divisor=divisor)
+        call.set(current=rows, threshold=wide)
         return call
 
     @staticmethod

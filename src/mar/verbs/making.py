@@ -46,7 +46,7 @@ def insert(
     time_steps: int = 4,
     tau: float = 1.0,
     threshold: Literal["channel", "scalar"] = "channel",
-    precharge: bool = False,
+    precharge: float = 0.0,
     merge: Literal["weighted", "sum"] = "weighted",
     surrogate: str = "ste",
     sites: list[Literal["in_proj", "out_proj", "gate_up", "down_proj"]] | None = None,
@@ -64,7 +64,7 @@ def insert(
         time_steps: T, inner steps per token.
         tau: leak of the membrane between steps.
         threshold: one per channel, or one for the site.
-        precharge: start the membrane half full, so that codes round.
+        precharge: the part of V that membranes start with; 0.5 rounds codes, 0 truncates.
         merge: spikes weighted by tau^t, or their plain sum.
         surrogate: the backward shape: ste, rectangle, triangle, arctan, sigmoid.
         sites: where neurons go (default: all four).
