@@ -148,6 +148,8 @@ def plain() -> Iterator[None]:
         for name, function in (
             ("mar.kernels.scan", scan),
             ("mar.kernels.causal_conv", causal_conv),
+            ("mar.kernels.rms_norm", lambda x, weight, eps: F.rms_norm(x, weight.shape, weight, eps)),
+            ("mar.kernels.silu_product", lambda gate, up: F.silu(gate) * up),
             ("mar.stages.chunked_bidirectional_kl", bidirectional_kl),
             ("mar.neurons._ClosedForm", ClosedForm),
             ("mar.train.build_optimizers", build_optimizers),
