@@ -35,6 +35,9 @@ Array = NDArray[Any]
 
 PRECISIONS = ("int8", "int4")
 HEADS = ("int8", "int4", "bf16")
+HEAD_PLACE = "model.norm"
+"""The module whose output the head multiplies."""
+
 EXACT = (".D", ".decay_bias")
 """Parameters that stay fp32: a decay in bf16 forgets at the wrong rate."""
 
@@ -118,7 +121,8 @@ def compress(
     """The tensors of a compact folder from fp32 weights; uint16 stands for bits of bf16.
 
     moments: second moments (inputs, inputs) of what linears multiply, by the name of the neuron before them (or of its
-    empty place), to calibrate their codes on (mar.rounding); without, every weight goes to the nearest code.
+    empty place), and of what the head does, by `HEAD_PLACE`, to calibrate their codes on (mar.rounding); without,
+    every weight goes to the nearest code.
     Raises ValueError for an unknown precision and for thresholds out of range.
     """
     for name, value, known in (("precision", precision, PRECISIONS), ("head", head, HEADS)):
@@ -140,9 +144,11 @@ def compress(
             folded = folded * (v / m)
             moment = None if moment is None else moment / (v / m) / (v / m)[:, None]
         tensors |= _stored(linear.name, quantise(folded, precision, short=True, moment=moment))
+    multiplies = "lm_head" if "lm_head.weight" in left else "model.embed_tokens"
     for name in ("model.embed_tokens", "lm_head"):
         if head != "bf16" and f"{name}.weight" in left:
-            tensors |= _stored(name, quantise(left.pop(f"{name}.weight"), head, short=True))
+            moment = moments[HEAD_PLACE] if moments is not None and name == multiplies else None
+            tensors |= _stored(name, quantise(left.pop(f"{name}.weight"), head, short=True, moment=moment))
     return tensors | {name: value if name.endswith(EXACT) else to_bf16(value) for name, value in left.items()}
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
+from mar.compact import HEAD_PLACE
 from mar.model import MarForCausalLM
 
 Batch = dict[str, Tensor]
@@ -105,11 +106,12 @@ def last_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
 def input_moments(model: MarForCausalLM, batches: Iterable[Batch], tokens: int) -> dict[str, np.ndarray]:
     """The mean of x x^T / |x|^2, fp32, of what each linear multiplies, by the name of the neuron's place before it.
 
-    All tokens count alike, as some layers give a few tokens such sizes that these alone would decide. Of as many
+    What the head multiplies is there by the final norm's name. All tokens count alike, as some layers give a few tokens such sizes that these alone would decide. Of as many
     batches as hold `tokens` tokens, under bf16 autocast. Raises ValueError if a mean is not finite.
     """
     sums: dict[str, Tensor] = {}
     places = [f"model.layers.{layer}.{place}" for layer in range(len(model.model.layers)) for place in NEURON_PLACES]
+    places.append(HEAD_PLACE)
     handles = [model.get_submodule(name).register_forward_hook(_add_moment(sums, name)) for name in places]
     seen = 0
     try:

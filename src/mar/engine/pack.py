@@ -151,7 +151,7 @@ def engine_settings(config: dict[str, Any], settings: PackSettings) -> dict[str,
     }
     for site, neuron in _neurons(config, settings).items():
         steps = neuron["time_steps"]
-        found[f"{site}.encoder"] = (0 if neuron["kind"] == "binary" else -steps, steps, neuron["precharge"])
+        found[f"{site}.encoder"] = (0 if neuron["kind"] == "binary" else -steps, steps, float(neuron["precharge"]))
     return found
 
 
