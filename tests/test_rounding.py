@@ -149,7 +149,8 @@ def test_moments_are_what_the_linears_multiply() -> None:
     batches = [packed_rows(seed=seed) for seed in range(3)]
     tokens = 2 * batches[0]["input_ids"].numel()
     found = input_moments(model, batches, tokens)
-    assert set(found) == {f"model.layers.{layer}.{place}" for layer in range(2) for place in NEURON_PLACES}
+    places = [f"model.layers.{layer}.{place}" for layer in range(2) for place in NEURON_PLACES]
+    assert set(found) == {*places, compact.HEAD_PLACE}
     kept: dict[str, list[torch.Tensor]] = {name: [] for name in found}
     for name, outputs in kept.items():
         neuron: Any = model.get_submodule(name)
@@ -171,7 +172,7 @@ def test_moments_are_what_the_linears_multiply() -> None:
 @every_precision
 @pytest.mark.parametrize("spiking", [False, True])
 def test_a_model_is_calibrated_linear_by_linear(precision: str, spiking: bool) -> None:
-    """Codes of the folded weight, with the moment of the codes that it multiplies; head and the rest as without."""
+    """Codes of the folded weight, with the moment of the codes that it multiplies; the head too."""
     changes: dict[str, Any] = {"neurons": site_neurons(NeuronConfig())} if spiking else {}
     model = mar_model(**changes)
     config = mar_config(**changes).to_dict()
@@ -185,7 +186,9 @@ def test_a_model_is_calibrated_linear_by_linear(precision: str, spiking: bool) -
     changed = {name for name in made if not np.array_equal(made[name], plain[name])}
     assert changed
     assert all(name.rpartition(".")[2] in ("codes", "scales", "base") for name in changed)
-    assert not [name for name in changed if name.startswith(("lm_head", "model.embed"))]
+    assert not [name for name in changed if name.startswith("model.embed")]
+    expected = compact.quantise(weights["lm_head.weight"], "int8", moment=moments[compact.HEAD_PLACE])
+    assert np.array_equal(made["lm_head.codes"], compact._stored("lm_head", expected)["lm_head.codes"])
     for layer in range(2):
         for linear, place in (("mixer.out_proj", "mixer.out_neuron"), ("mlp.up_proj", "mlp.in_neuron")):
             name, at = f"model.layers.{layer}.{linear}", f"model.layers.{layer}.{place}"
@@ -235,6 +238,17 @@ def test_a_calibrated_folder_is_like_any_other(student: Path, tmp_path: Path, pr
     assert not loaded.get_parameter("model.layers.0.mlp.down_proj.weight").equal(
         plain.get_parameter("model.layers.0.mlp.down_proj.weight")
     )
+
+
+def test_a_tied_matrix_is_rounded_for_predicting() -> None:
+    model = mar_model(tie_word_embeddings=True)
+    weights = {name: value.detach().numpy() for name, value in model.named_parameters()}
+    moments = input_moments(model, [packed_rows()], 1)
+    made = compact.compress(mar_config(tie_word_embeddings=True).to_dict(), weights, "int8", "int4", moments)
+    name = "model.embed_tokens"
+    fit = compact.quantise(weights[f"{name}.weight"], "int4", short=True, moment=moments[compact.HEAD_PLACE])
+    assert not [key for key in made if key.startswith("lm_head")]
+    assert all(np.array_equal(made[key], value) for key, value in compact._stored(name, fit).items())
 
 
 def test_no_tokens_are_refused(student: Path, tmp_path: Path) -> None:

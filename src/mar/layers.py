@@ -106,8 +106,9 @@ def last_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
 def input_moments(model: MarForCausalLM, batches: Iterable[Batch], tokens: int) -> dict[str, np.ndarray]:
     """The mean of x x^T / |x|^2, fp32, of what each linear multiplies, by the name of the neuron's place before it.
 
-    What the head multiplies is there by the final norm's name. All tokens count alike, as some layers give a few tokens such sizes that these alone would decide. Of as many
-    batches as hold `tokens` tokens, under bf16 autocast. Raises ValueError if a mean is not finite.
+    What the head multiplies is there by the final norm's name. All tokens count alike, as some layers give a few
+    tokens such sizes that these alone would decide. Of as many batches as hold `tokens` tokens, under bf16 autocast.
+    Raises ValueError if a mean is not finite.
     """
     sums: dict[str, Tensor] = {}
     places = [f"model.layers.{layer}.{place}" for layer in range(len(model.model.layers)) for place in NEURON_PLACES]
