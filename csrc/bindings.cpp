@@ -112,8 +112,8 @@ class Reader {
     site.linear = linear(prefix + name, setting<std::string>("precision"), inputs, outputs);
     if (has(prefix + name + ".threshold")) {
       site.threshold = floats(prefix + name + ".threshold", inputs);
-      const auto encoder = setting<std::tuple<int, int, float>>(name + ".encoder");
-      site.encoder = {std::get<0>(encoder), std::get<1>(encoder), std::get<2>(encoder)};
+      const auto encoder = setting<std::tuple<int, int, double>>(name + ".encoder");
+      site.encoder = {std::get<0>(encoder), std::get<1>(encoder), static_cast<float>(std::get<2>(encoder))};
       if (site.encoder.low < -127 || site.encoder.low > 0 || site.encoder.high < 1 || site.encoder.high > 127)
         throw std::invalid_argument("The codes of " + name + " do not fit 8 bits; use time_steps of 1 to 127.");
       if (has(prefix + name + ".multiplier")) {

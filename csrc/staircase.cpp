@@ -1,4 +1,5 @@
-// The staircase V clamp(trunc(I / V + p sign(I))) of a neuron at tau = 1 (ATMN), forward and backward: an item is a block of rows.
+// The staircase V clamp(trunc(I / V + p sign(I))) of a neuron at tau = 1 (ATMN), forward and backward. An item is a block
+// of rows.
 // Compiled once per instruction set. Does: give the very codes of the closed form in mar.neurons. Does not: add up the
 // blocks' gradients of V.
 #include "training_kernels.hpp"

@@ -186,6 +186,16 @@ def test_more_than_least_error_wants_is_not_spent():
     assert [spend_spikes([curve], weight, budget)[0].threshold.item() for budget in (5.0, 1.0, 0.9)] == [1.0, 1.0, 2.0]
 
 
+def test_a_budget_that_does_not_bind_is_not_spent_for_nothing():
+    """One non-zero sample of many, and a channel of one size: a scale fits both at any V, and one spike is enough."""
+    samples = torch.zeros(1000, 2)
+    samples[3, 0], samples[:, 1] = 1.0, torch.tensor([1.0, -1.0]).repeat(500)
+    config = NeuronConfig(time_steps=8)
+    spent = spend_spikes([calibration_curve(samples, config)], [[torch.ones(1, 2)]], 100.0)[0]
+    assert spent.scale.max() < 1.5
+    assert neuron_with(config, spent.threshold.log()).spike_count(samples).max() == 1
+
+
 @pytest.mark.parametrize("budget", [0.0, -1.0, float("nan"), float("inf")])
 def test_budgets_that_are_none_are_refused(budget):
     curve = calibration_curve(normal(9, 2), NeuronConfig())

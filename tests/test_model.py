@@ -434,7 +434,7 @@ def test_config_round_trip(tmp_path):
         ({"neurons": {"in_proj": {"tau": "1"}}}, r"^neurons\.in_proj: tau is '1'; .* use a number above 0"),
         (
             {"neurons": {"in_proj": {"precharge": True}}},
-            r"^neurons\.in_proj: precharge is True; it is a part of V",
+            r"^neurons\.in_proj: precharge is True; it is a part of V: 0 truncates, 0.5 rounds",
         ),
         ({"input_gain": "decay"}, "input_gain is 'decay'; use one of 'none', 'one_minus_decay'"),
         ({"bc_norm": "rms"}, "bc_norm is 'rms'; use one of 'none', 'l2'"),

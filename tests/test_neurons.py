@@ -129,7 +129,7 @@ def test_steps_by_hand():
     kind=st.sampled_from(["atmn", "binary"]),
     steps=st.integers(1, 12),
     tau=st.sampled_from([0.5, 0.9, 1.0, 1.7, 2.0]),
-    precharge=st.sampled_from([0.0, 0.25, 0.4, 0.5, 0.9]),
+    precharge=st.sampled_from([0.0, 0.25, 0.4, 0.5]),
 )
 @settings(max_examples=60, deadline=None)
 def test_current_is_weighted_spikes_plus_remainder(seed, kind, steps, tau, precharge):
@@ -145,7 +145,7 @@ def test_current_is_weighted_spikes_plus_remainder(seed, kind, steps, tau, prech
     seed=st.integers(0, 2**20),
     kind=st.sampled_from(["atmn", "binary"]),
     steps=st.sampled_from([1, 2, 4, 8, 16, 127]),
-    precharge=st.sampled_from([0.0, 0.25, 0.4, 0.5, 0.9]),
+    precharge=st.sampled_from([0.0, 0.25, 0.4, 0.5]),
     near=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )

@@ -46,6 +46,14 @@ def test_gradients_against_finite_differences(name):
     assert torch.autograd.gradcheck(ours, leaves(shape, torch.float64))
 
 
+def test_a_backward_under_autocast_stays_in_fp32():
+    given = leaves((7,), torch.float32)
+    upstream = torch.randn(2, 5, 7)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, wanted = (torch.autograd.grad(op(*given), given, upstream) for op in (OPS["rms_norm"][0], torch_norm))
+    torch.testing.assert_close(found, wanted)
+
+
 def test_a_frozen_weight_or_input_gets_no_gradient():
     x, weight = leaves((7,), torch.float64)
     for frozen, trained in ((weight, x), (x, weight)):

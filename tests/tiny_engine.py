@@ -34,7 +34,7 @@ RAGGED: dict[str, Any] = {
 SPIKING: dict[str, dict[str, Any]] = {
     "in_proj": {"time_steps": 4},
     "out_proj": {"kind": "binary", "time_steps": 3},
-    "gate_up": {"time_steps": 16, "precharge": 0.25},
+    "gate_up": {"time_steps": 16, "precharge": 0.3},
     "down_proj": {"time_steps": 2, "threshold": "scalar", "precharge": 0.5},
 }
 """All four sites, no two alike."""

@@ -35,13 +35,13 @@ void elementwise(const mar::Kernels& k) {
 void encoders(const mar::Kernels& k) {
   for (int n : {1, 15, 16, 33}) {
     for (int steps : {1, 4, 16, 127})
-      for (float precharge : {0.0f, 0.25f, 0.5f})
+      for (float precharge : {0.0f, 0.3f, 0.5f})
         for (int low : {0, -steps}) {
           std::vector<float> x(n), threshold(n);
           for (int i = 0; i < n; ++i) {
             threshold[i] = std::exp(normal());
             // Multiples and halves exactly, far beyond the last threshold, and anything.
-            const float places[] = {integer(-steps, steps) * threshold[i], (integer(-steps, steps) + 0.5f) * threshold[i],
+            const float places[] = {integer(-steps, steps) * threshold[i], (integer(-steps, steps) - precharge) * threshold[i],
                                     normal(1e30f), normal(2.0f * steps), 0.0f, -0.0f};
             x[i] = places[integer(0, 5)];
           }

@@ -102,15 +102,15 @@ def spend_spikes(curves: list[Curve], weights: list[list[Tensor]], budget: float
         spent = sum(float(cost.gather(1, pick).sum()) for cost, pick in zip(spikes, picked, strict=True))
         return picked, spent / macs
 
-    picked, spent = choose(0.0)
-    if spent > budget:
-        low, high = 1e-18, 1e6
-        for _ in range(60):
-            price = math.sqrt(low * high)
-            low, high = (price, high) if choose(price)[1] > budget else (low, price)
-        picked, _ = choose(high)
+    # Never for nothing, even where the budget would allow it: a scale fits a channel that is rarely or always of one
+    # size exactly at every V, and rounding errors would choose among them.
+    low, high = 1e-12, 1e6
+    for _ in range(60):
+        price = math.sqrt(low * high)
+        low, high = (price, high) if choose(price)[1] > budget else (low, price)
+    picked, _ = choose(high)
     return [
-        Spent(curve.thresholds.gather(1, pick)[:, 0], curve.scales.gather(1, pick)[:, 0].float())
+        Spent(curve.thresholds.gather(1, pick)[:, 0], curve.scales.gather(1, pick)[:, 0])
         for curve, pick in zip(curves, picked, strict=True)
     ]
 

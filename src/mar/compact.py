@@ -144,11 +144,10 @@ def compress(
             folded = folded * (v / m)
             moment = None if moment is None else moment / (v / m) / (v / m)[:, None]
         tensors |= _stored(linear.name, quantise(folded, precision, short=True, moment=moment))
-    multiplies = "lm_head" if "lm_head.weight" in left else "model.embed_tokens"
+    fit = {"lm_head" if "lm_head.weight" in left else "model.embed_tokens": moments[HEAD_PLACE]} if moments else {}
     for name in ("model.embed_tokens", "lm_head"):
         if head != "bf16" and f"{name}.weight" in left:
-            moment = moments[HEAD_PLACE] if moments is not None and name == multiplies else None
-            tensors |= _stored(name, quantise(left.pop(f"{name}.weight"), head, short=True, moment=moment))
+            tensors |= _stored(name, quantise(left.pop(f"{name}.weight"), head, short=True, moment=fit.get(name)))
     return tensors | {name: value if name.endswith(EXACT) else to_bf16(value) for name, value in left.items()}
 
 

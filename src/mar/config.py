@@ -33,7 +33,7 @@ class NeuronConfig:
     time_steps: T, inner steps per token. tau: leak of the membrane between steps (undisclosed; 1 keeps it whole).
     threshold: one trainable log-threshold per `channel` or one `scalar` for the site.
     precharge: start the membrane at precharge * tau * V with the current's sign, so that the first spike comes at
-        (1 - precharge) V (ours). 0 truncates, as published; 0.5 rounds; from 0 to below 1.
+        (1 - precharge) V (ours). 0 truncates, as published; 0.5 rounds, and is the most.
     merge: how T spikes become the linear's input: `weighted` is V * sum tau^t s_t, `sum` is V * sum s_t.
     surrogate: name of the backward shape, see `mar.surrogate.SURROGATES`.
     """
@@ -54,8 +54,8 @@ class NeuronConfig:
             raise ValueError(f"time_steps is {self.time_steps!r}; a code has 8 bits, so use an integer from 1 to 127.")
         if not _is_number(self.tau) or not 0 < self.tau < math.inf:
             raise ValueError(f"tau is {self.tau!r}; it divides the membrane potential, so use a number above 0.")
-        if not _is_number(self.precharge) or not 0 <= self.precharge < 1:
-            raise ValueError(f"precharge is {self.precharge!r}; it is a part of V, so use a number from 0 to below 1.")
+        if not _is_number(self.precharge) or not 0 <= self.precharge <= 0.5:
+            raise ValueError(f"precharge is {self.precharge!r}; it is a part of V: 0 truncates, 0.5 rounds, no more.")
 
 
 def site_neurons(

@@ -290,8 +290,8 @@ def insert_neurons(
 
     neurons: see `mar.config.site_neurons`. batches: rows of token ids; the first `tokens` tokens are used.
     spike_budget: most MAC-weighted spikes per input (r·T) on those tokens, shared out to where they lower the error
-    most (`spend_spikes`), with weights scaled by what that makes codes too small; None spends whatever the least error
-    takes.
+    most (`spend_spikes`), each weight column taking the least-squares factor from its neuron's output to its input;
+    None spends whatever the least error takes and leaves the weights alone.
     """
     if dense.config.neurons is not None:
         raise ValueError("The model already has neurons; insert them into its dense stage-1 folder instead.")
@@ -314,8 +314,6 @@ def insert_neurons(
             raise ValueError(f"Calibrating the neuron of layer {layer}, site {site}: {error}") from error
     if spike_budget is not None:
         chosen = spend_spikes(curves, weights, spike_budget)
-        # Thresholds that a budget has raised truncate or round away more on one side than on the other; the weights
-        # take up the factor that makes good for it.
         for (_, _, neuron), spent, linears in zip(spiking.neuron_sites(), chosen, weights, strict=True):
             neuron.a.copy_(spent.threshold.log())
             for weight in linears:

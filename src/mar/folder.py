@@ -47,7 +47,7 @@ def save_student(
 
     provenance: JSON values, among them `step`, `teacher` and `tokens`; date and package versions are added. compact:
     `precision` and `head` of a compact folder (see mar.compact), in fewer bytes throughout; ValueError if unknown.
-    moments: of what its linears multiply, to calibrate their rounding on (`mar.layers.input_moments`).
+    moments: of what its linears and head multiply, to calibrate their rounding on (`mar.layers.input_moments`).
     """
     tensors = None
     if compact is not None:

@@ -8,8 +8,8 @@ Each neuron runs an inner loop of T steps per token and carries nothing to the n
     V   = exp(a)                            one trainable a per channel
 
 so that I = V sum_t tau^t s_t + tau^(T-1) u_{T-1}. `recurrence` is these lines as written, and the truth. At tau = 1 the
-T spikes collapse into the code clamp(trunc(I / V), -T, T), which `Neuron` computes in one go. In fp32 the two agree
-whenever |I| / V differs by more than 1e-5 of its value from every threshold (1..T, or 0.5..T-0.5 when pre-charged);
+T spikes collapse into the code clamp(trunc(I / V + p sign(I)), -T, T), p being the pre-charge, which `Neuron` computes
+in one go. In fp32 the two agree whenever |I| / V differs by more than 1e-5 of its value from every threshold, 1-p..T-p;
 nearer than that the roundings of T subtractions and of one division may fall on different sides. At T = 1 without
 pre-charge they always agree.
 
@@ -132,7 +132,7 @@ def closed_form(
     1 / V can miss an exact multiple of V. `out` may be `current` itself.
     """
     if config.precharge:
-        current = torch.addcmul(current, current.sign(), config.precharge * threshold, out=out)
+        current = torch.add(current, torch.copysign(config.precharge * threshold, current), out=out)
     # Not torch.trunc: on CPU (torch 2.13) it runs 50 times slower than this fused division.
     code = torch.div(current, threshold, rounding_mode="trunc", out=out)
     return code.clamp_(-config.time_steps if _signed(config) else 0, config.time_steps)

@@ -2,7 +2,7 @@
 
 A neuron turns v = I / V into a staircase that rises by one at each of its thresholds, so its derivative is zero almost
 everywhere. In the backward pass a smooth S(v) stands in for the staircase. The thresholds lie at k - shift for
-k = 1..steps, and at their mirror images when the neuron is signed; shift is 1/2 for a pre-charged membrane.
+k = 1..steps, and at their mirror images when the neuron is signed; shift is the pre-charge.
 
 Does: give each shape as its derivative S' (`SURROGATES`, what training uses) and as S itself (`PRIMITIVES`, which lets
 gradients be checked by finite differences). Does not: know about neurons, their units, or autograd.

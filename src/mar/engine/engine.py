@@ -70,7 +70,8 @@ class Engine:
 
         precision: of the decoder's linears, `fp32`, `bf16`, `int8` or `int4`; None for what a compact folder holds, and
         for int8 of any other. head: of embedding and head, None for the same. neurons: False runs the same weights
-        dense. threads: None takes the cores this process may use.
+        dense: not the dense model they came from, as training and budgets have changed them. threads: None takes the
+        cores this process may use.
         Raises FileNotFoundError or ValueError, in one sentence, for what is no MAR folder or cannot be run.
         """
         settings = pack_settings(Path(folder), precision, head, neurons)

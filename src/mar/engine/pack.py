@@ -170,8 +170,8 @@ def _neurons(config: dict[str, Any], settings: PackSettings) -> dict[str, dict[s
     neurons = {site: NEURON | neuron for site, neuron in given.items()}
     for site, neuron in neurons.items():
         _integer(neuron, "time_steps", 127)
-        if not isinstance(neuron["precharge"], int | float) or not 0 <= neuron["precharge"] < 1:
-            raise ValueError(f"precharge of {site} is {neuron['precharge']!r}; it must be a number from 0 to below 1.")
+        if type(neuron["precharge"]) not in (int, float) or not 0 <= neuron["precharge"] <= 0.5:
+            raise ValueError(f"precharge of {site} is {neuron['precharge']!r}; it must be a number from 0 to 0.5.")
         if neuron["kind"] not in ("atmn", "binary") or neuron["tau"] != 1:
             raise ValueError(
                 f"The {site} neuron is {neuron['kind']!r} with tau {neuron['tau']!r}; the engine runs neurons whose "

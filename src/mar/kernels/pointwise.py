@@ -1,7 +1,7 @@
-"""RMSNorm and the gated unit of an FFN, saving for backward only what they are given.
+"""RMSNorm and the gated unit of an FFN, saving for backward what they are given and at most one number a token.
 
-Does: recompute what torch would keep, the normalised values and silu(gate), a sixth of what a layer saves. Does not:
-choose dtypes; results are torch's own.
+Does: recompute what torch would keep, the normalised values and silu(gate). Does not: choose dtypes, or have second
+derivatives.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def rms_norm(x: Float[Tensor, "*batch d"], weight: Float[Tensor, " d"], eps: flo
 
 
 def silu_product(gate: Float[Tensor, "*n"], up: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-    """silu(gate) * up: the gated unit of LLaMA's FFN."""
+    """silu(gate) * up, both of one dtype: the gated unit of LLaMA's FFN."""
     return _SiluProduct.apply(gate, up)  # type: ignore[return-value]
 
 
@@ -40,11 +40,11 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, scale = ctx.saved_tensors
         needs_x, needs_weight, _ = ctx.needs_input_grad
         normed = x * scale
-        dweight = (grads[0] * normed).flatten(0, -2).sum(0) if needs_weight else None
+        dweight = (grads[0] * normed).sum_to_size(weight.shape) if needs_weight else None
         if not needs_x:
             return None, dweight, None
         inner = grads[0] * weight
-        along = torch.linalg.vecdot(inner, normed).unsqueeze(-1) / x.shape[-1]
+        along = (inner * normed).mean(-1, keepdim=True)
         return inner.addcmul_(normed, along, value=-1).mul_(scale), dweight, None
 
 

@@ -53,7 +53,7 @@ def insert(
     per_site: list[str] | None = None,
     spike_budget: float | None = None,
 ) -> Result:
-    """Turn a dense MAR folder into a spiking one, thresholds calibrated on a text; trains nothing.
+    """Turn a dense MAR folder into a spiking one, calibrated on a text; trains nothing.
 
     Args:
         model: dense MAR folder.
@@ -69,7 +69,8 @@ def insert(
         surrogate: the backward shape: ste, rectangle, triangle, arctan, sigmoid.
         sites: where neurons go (default: all four).
         per_site: changes at single sites, as in down_proj.time_steps=16
-        spike_budget: most spikes per input (MAC-weighted r·T), spent where they lower the error most.
+        spike_budget: most spikes per input (MAC-weighted r·T), spent where they lower the error most; weights
+            are scaled to fit.
     """
     from mar.config import SITES, NeuronConfig
     from mar.recipe import NeuronSettings, site_changes
@@ -186,7 +187,7 @@ def pack(
         output: folder to write, a new one.
         precision: of the decoder's linears: int8, a scale for each output; int4, a scale for 64 inputs of an output.
         head: of embedding and head.
-        text: file or folder of text: the linears' weights are rounded for what they multiply on it, and less is lost.
+        text: file or folder of text: linears and head are rounded for what they multiply on it, and less is lost.
         tokens: how much of it.
     """
     from mar.steps import pack_to_folder
