@@ -187,13 +187,14 @@ def test_more_than_least_error_wants_is_not_spent():
 
 
 def test_a_budget_that_does_not_bind_is_not_spent_for_nothing():
-    """One non-zero sample of many, and a channel of one size: a scale fits both at any V, and one spike is enough."""
+    """One non-zero sample of many, and a channel of one size: a scale fits both at any V, so the largest will do."""
     samples = torch.zeros(1000, 2)
     samples[3, 0], samples[:, 1] = 1.0, torch.tensor([1.0, -1.0]).repeat(500)
     config = NeuronConfig(time_steps=8)
     spent = spend_spikes([calibration_curve(samples, config)], [[torch.ones(1, 2)]], 100.0)[0]
-    assert spent.scale.max() < 1.5
-    assert neuron_with(config, spent.threshold.log()).spike_count(samples).max() == 1
+    assert spent.scale.max() < 2
+    # 1 is 31 times the first channel's RMS, and V is sought up to 10 times that.
+    assert neuron_with(config, spent.threshold.log()).spike_count(samples).amax(0).tolist() == [3, 1]
 
 
 @pytest.mark.parametrize("budget", [0.0, -1.0, float("nan"), float("inf")])
