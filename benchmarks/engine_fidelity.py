@@ -31,12 +31,12 @@ from transformers import AutoTokenizer
 from mar.config import SITES, MarConfig
 from mar.data import PackedRows
 from mar.engine import Engine
+from mar.engine.pack import HEADS, PRECISIONS
 from mar.folder import load_student
 from mar.model import MarForCausalLM
 from mar.sources import DataConfig
 from timing import arguments, environment, finish, settings, show
 
-PRECISIONS = ("fp32", "bf16", "int8", "int4")
 NEAR = 1e-5
 """Share of a threshold within which fp32 rounding may decide whether it is reached."""
 
@@ -232,7 +232,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--window", type=int, default=512, help="tokens from one fresh start to the next")
     parser.add_argument("--piece", type=int, default=1, help="tokens that torch reads at a time against itself")
     parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=PRECISIONS)
-    parser.add_argument("--head", choices=PRECISIONS, help="of embedding and head; by default that of the linears")
+    parser.add_argument("--head", choices=HEADS, help="of embedding and head; by default that of the linears")
     options: argparse.Namespace = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     config = MarConfig.from_pretrained(options.student)

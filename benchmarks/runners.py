@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, DynamicCache, LlamaForCausalLM
 
 from llama_peer import LlamaPeer
 from mar.engine import Engine
-from mar.engine.pack import open_packed
+from mar.engine.pack import HEADS, TWO_STEP, open_packed
 from mar.teachers import load_teacher
 from timing import turns
 
@@ -86,7 +86,8 @@ class EngineRunner:
         """What these tokens ask for on average: share of codes that are not zero, bytes of memory that are read.
 
         Of the linears that spikes feed, the engine counts the bytes; everything else in the packed file, the head above
-        all, is read whole, and so is the state.
+        all, is read whole, and so is the state. Of a head in two steps that is its int4 part; the few rows of int8 that
+        it reads beside are not counted.
         """
         engine = self.engines[threads]
         engine.reset_counters()
@@ -102,7 +103,8 @@ class EngineRunner:
                 elements[site["site"]] += counted["tokens"] * channels.get(site["site"], sizes["hidden_size"])
         _, arrays = open_packed(engine.packed)
         linears = {name for name in arrays if name.startswith("layers.") and name.endswith(".weights")}
-        fixed = sum(array.nbytes for name, array in arrays.items() if name not in {"embedding", *linears})
+        unread = {"embedding", "head.words", *(["head.weights"] if "head.words" in arrays else []), *linears}
+        fixed = sum(array.nbytes for name, array in arrays.items() if name not in unread)
         state = self._states[length]
         return {
             "nonzero_share": nonzero.total() / max(1, elements.total()),
@@ -192,7 +194,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options that decide what is run, and on which text."""
     parser.add_argument("student", type=Path, help="a spiking student's folder")
     parser.add_argument("--precision", default="int8", help="of the engine's weights")
-    parser.add_argument("--head", default="int8", help="precision of the engine's output head")
+    parser.add_argument("--head", choices=HEADS, default=TWO_STEP, help="of the engine's embedding and output head")
     parser.add_argument("--teacher", default="smollm2-135m", help="the dense LLaMA that transformers runs")
     parser.add_argument("--peer-python", type=Path, help="Python of an environment with llama-cpp-python")
     parser.add_argument("--peer-gguf", type=Path, nargs="+", default=[], help="the same LLaMA for llama.cpp")

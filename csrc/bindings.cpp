@@ -104,7 +104,17 @@ class Reader {
     linear.weights = bytes(name + ".weights", linear.weight_bytes());
     if (linear.integer()) linear.scales = bytes(name + ".scales", linear.scale_bytes());
     if (has(name + ".bias")) linear.bias = floats(name + ".bias", linear.outputs());
+    if (linear.precision == mar::Precision::i4) linear.stream = stream(name + ".stream", inputs, outputs);
     return linear;
+  }
+
+  mar::Stream stream(const std::string& name, int inputs, int outputs) {
+    mar::Stream stream{};
+    stream.quads = (inputs + mar::kQuad - 1) / mar::kQuad;
+    stream.pairs = (outputs + 2 * mar::kSlice - 1) / (2 * mar::kSlice);
+    stream.weights = bytes(name + ".weights", stream.weight_bytes());
+    stream.scales = reinterpret_cast<const std::uint16_t*>(bytes(name + ".scales", stream.scale_bytes()));
+    return stream;
   }
 
   mar::Site site(const std::string& prefix, const std::string& name, int inputs, int outputs) {
@@ -174,6 +184,12 @@ struct Engine {
     }
     model.norm = read.floats("norm", s.hidden);
     model.head = read.linear("head", read.setting<std::string>("head_precision"), s.hidden, s.vocab);
+    if (read.has("head.words")) {
+      if (model.head.precision != mar::Precision::i8)
+        throw std::invalid_argument("A head in two steps is in int8 first; pack the model again.");
+      model.rough = read.stream("head.rough", s.hidden, s.vocab);
+      model.words = reinterpret_cast<const std::int8_t*>(read.bytes("head.words", static_cast<std::size_t>(s.vocab) * s.hidden));
+    }
     if (read.has("embedding")) model.embedding = read.bytes("embedding", static_cast<std::size_t>(s.vocab) * s.hidden * 4);
     model.finish();
   }
@@ -262,7 +278,7 @@ struct LinearAlone {
     nb::dict settings;
     settings["panel"] = panel;
     linear = Reader(settings, arrays, kept).linear("linear", precision, inputs, outputs);
-    for (auto& listing : listings) listing.reserve(linear.inputs, linear.outputs());
+    for (auto& listing : listings) listing.reserve(linear.inputs, linear.outputs(), threads);
   }
 
   void multiply(Codes codes, bool all, Logits out) {
@@ -271,7 +287,8 @@ struct LinearAlone {
                                   std::to_string(linear.outputs()) + " elements.");
     pool->run([&](int thread) {
       auto& listing = listings[thread];
-      listing.list_codes(linear, codes.data(), 0, linear.inputs, all);
+      const auto nonzero = linear.inputs - std::count(codes.data(), codes.data() + linear.inputs, std::int8_t{0});
+      listing.list_codes(linear, codes.data(), 0, linear.inputs, nonzero, all);
       const auto slices = mar::share_slices(linear, thread, pool->size());
       listing.multiply(*variant().kernels, linear, static_cast<int>(slices.begin), static_cast<int>(slices.end),
                        out.data() + slices.begin * mar::kSlice, false);

@@ -10,6 +10,8 @@
 namespace mar::MAR_VARIANT {
 namespace {
 
+using Bytes16 = std::int8_t __attribute__((vector_size(16)));
+
 void rms_norm(const float* x, const float* weight, float eps, int n, float* y) {
   F squares{};
   int i = 0;
@@ -34,8 +36,6 @@ inline I codes_of(F x, F threshold, Encoder encoder) {
   const I raised = code < low ? low : code;
   return raised > high ? high : raised;
 }
-
-using Bytes16 = std::int8_t __attribute__((vector_size(16)));
 
 void encode(const float* x, const float* threshold, int n, Encoder encoder, std::int8_t* codes) {
   int i = 0;
@@ -62,6 +62,17 @@ float quantise(const float* x, int n, std::int8_t* codes) {
   return scale;
 }
 
+float dot_i8(const float* x, const std::int8_t* y, int n) {
+  F sums[2] = {};
+  int i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes)
+    for (int v = 0; v < 2; ++v)
+      sums[v] += load<F>(x + i + v * kLanes) * __builtin_convertvector(load<Bytes16>(y + i + v * kLanes), F);
+  float total = sum(sums[0] + sums[1]);
+  for (; i < n; ++i) total += x[i] * y[i];
+  return total;
+}
+
 void add(const float* x, int n, float* y) {
   for (int i = 0; i < n; ++i) y[i] += x[i];
 }
@@ -69,7 +80,7 @@ void add(const float* x, int n, float* y) {
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels = {rms_norm, encode,    quantise,  dot,        add,      gated,    rows_f32,  rows_bf16,
-                         rows_i8,  rows_i4,   block_f32, block_bf16, block_i8, block_i4, head_step, head_scan};
+const Kernels kernels = {rms_norm, encode,  quantise, dot,       dot_i8,     add,      gated,    rows_f32,  rows_bf16,
+                         rows_i8,  rows_i4, stream_i4, block_f32, block_bf16, block_i8, block_i4, head_step, head_scan};
 
 }  // namespace mar::MAR_VARIANT

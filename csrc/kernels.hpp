@@ -45,6 +45,24 @@ struct Groups {
   }
 };
 
+// Weights in int4 for reading them whole, in the order of the multiplying instruction: of each two slices, for every
+// kQuad inputs four lines, line k with outputs 16 k to 16 k + 15 of the one in low and of the other in high nibbles, an
+// output's inputs side by side. Scales: bf16, of each two slices [group][output].
+struct Stream {
+  const std::uint8_t* weights;
+  const std::uint16_t* scales;
+  int quads;  // of inputs
+  int pairs;  // of slices
+  int groups() const { return (quads * kQuad + kGroup - 1) / kGroup; }
+  std::size_t weight_bytes() const { return static_cast<std::size_t>(pairs) * quads * kQuad * kSlice; }
+  std::size_t scale_bytes() const { return static_cast<std::size_t>(pairs) * groups() * 4 * kSlice; }
+};
+
+// A piece of it: pairs of slices, and groups of inputs.
+struct Piece {
+  int pair, pairs, group, groups;
+};
+
 struct Encoder {
   int low, high;    // codes are clamped to these: -T or 0, and T
   float precharge;  // p: the part of V that a membrane starts with
@@ -73,6 +91,7 @@ struct Kernels {
   float (*quantise)(const float* x, int n, std::int8_t* codes);
   // Sum of x y.
   float (*dot)(const float* x, const float* y, int n);
+  float (*dot_i8)(const float* x, const std::int8_t* y, int n);
   // y += x.
   void (*add)(const float* x, int n, float* y);
   // y = silu(gate) * up.
@@ -84,6 +103,9 @@ struct Kernels {
   void (*rows_bf16)(Block block, Rows rows, float* acc);
   void (*rows_i8)(Block block, Rows rows, std::int32_t* acc);
   void (*rows_i4)(Block block, Rows rows, Groups groups, float* out);
+
+  // out = a piece's weights times its groups' codes; sums: of each group's codes.
+  void (*stream_i4)(Stream stream, Piece piece, const std::int8_t* codes, const std::int32_t* sums, float* out);
 
   // out (tokens x slices * 64, `out_stride` floats apart) = inputs x weights for many tokens.
   // f32 and bf16: values (tokens x inputs). scratch holds what scratch_bytes(inputs) says.

@@ -5,6 +5,14 @@
 
 namespace mar {
 
+namespace {
+
+// Share of rows from which it pays to read all of them in the order of memory: one thread alone has all of the memory's
+// speed then, several share it (benchmarks/event_linear.py).
+constexpr double kMostAlone = 0.33, kMostOfSeveral = 0.45;
+
+}  // namespace
+
 std::size_t Linear::slice_bytes() const {
   switch (precision) {
     case Precision::f32: return kSlice * 4;
@@ -34,9 +42,10 @@ Range share_slices(const Linear& linear, int part, int parts) {
   return {units.begin * unit, units.end * unit};
 }
 
-void Listing::reserve(int inputs, int outputs) {
-  // Up to three more for every group that has to be filled up to a quad.
-  const int most = inputs + (inputs / kGroup + 2) * kQuad;
+void Listing::reserve(int inputs, int outputs, int threads) {
+  most_ = threads == 1 ? kMostAlone : kMostOfSeveral;
+  // Up to three more for every group that has to be filled up to a quad; and whole groups.
+  const int most = inputs + (inputs / kGroup + 2) * kQuad + 2 * kGroup;
   index_.resize(most);
   listed_.resize(most);
   values_.resize(most);
@@ -73,13 +82,28 @@ void Listing::list(const Kernels& k, const Site& site, const float* x, int begin
     token_scale_ = k.quantise(x, linear.inputs, codes);
     for (int i = begin; i < end; ++i) nonzero_ += codes[i] != 0;
   }
-  list_codes(linear, codes, begin, end, false);
+  list_codes(linear, codes, begin, end, nonzero_, false);
 }
 
-void Listing::list_codes(const Linear& linear, const std::int8_t* codes, int begin, int end, bool all) {
+void Listing::list_codes(const Linear& linear, const std::int8_t* codes, int begin, int end, std::int64_t nonzero, bool all) {
   const int group = linear.precision == Precision::i4 ? kGroup : linear.inputs;
   group_ends_.clear();
   group_sums_.clear();
+  piece_ = {};
+  if (linear.stream.weights && begin < end && (all || static_cast<double>(nonzero) > most_ * (end - begin))) {
+    piece_.group = begin / kGroup;
+    piece_.groups = (end + kGroup - 1) / kGroup - piece_.group;
+    const int first = piece_.group * kGroup;
+    std::fill_n(listed_.data(), piece_.groups * kGroup, static_cast<std::int8_t>(0));
+    std::copy(codes + begin, codes + end, listed_.data() + begin - first);
+    group_sums_.resize(piece_.groups);
+    for (int g = 0; g < piece_.groups; ++g) {
+      group_sums_[g] = 0;
+      for (int i = 0; i < kGroup; ++i) group_sums_[g] += listed_[g * kGroup + i];
+    }
+    rows_ = {nullptr, listed_.data(), nullptr, end - begin};
+    return;
+  }
   int count = 0;
   for (int first = begin; first < end;) {
     const int last = std::min(end, (first / group + 1) * group);
@@ -109,6 +133,12 @@ void Listing::list_codes(const Linear& linear, const std::int8_t* codes, int beg
 }
 
 void Listing::multiply(const Kernels& k, const Linear& linear, int begin, int end, float* to, bool plain) {
+  if (piece_.groups > 0) {
+    k.stream_i4(linear.stream, {begin / 2, (end - begin) / 2, piece_.group, piece_.groups}, listed_.data(), group_sums_.data(), to);
+    if (token_scale_ != 1.0f)
+      for (int j = 0; j < (end - begin) * kSlice; ++j) to[j] *= token_scale_;
+    return;
+  }
   for (int slice = begin; slice < end;) {
     const int here = std::min(end, (slice / linear.panel + 1) * linear.panel) - slice;
     const Block block = linear.block(slice, here);

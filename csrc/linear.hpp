@@ -25,6 +25,7 @@ struct Linear {
   const std::uint8_t* weights;
   const void* scales;         // i8: float a output; i4: bf16 [group][output]; else null
   const float* bias;          // slices * 64, or null
+  Stream stream;              // i4: the same weights once more, for inputs that ask for most of them; else empty
 
   int outputs() const { return slices * kSlice; }
   int groups() const { return precision == Precision::i4 ? (inputs + kGroup - 1) / kGroup : 1; }
@@ -70,14 +71,14 @@ class Lines {
 // The rows of one site's input that ask for weights. One of these belongs to one thread.
 class Listing {
  public:
-  void reserve(int inputs, int outputs);  // the most of any linear
+  void reserve(int inputs, int outputs, int threads);  // the most of any linear; how many work side by side
 
   // Rows [begin, end) of x: encoded by the site's neuron, else quantised (over the whole of x) or as they are.
   // given: codes to use instead of the neuron's; taken: where to write the neuron's; both over all inputs, or null.
   void list(const Kernels& kernels, const Site& site, const float* x, int begin, int end, const std::int8_t* given,
             std::int8_t* taken);
-  // Rows whose codes are already known; `all`: zeros too.
-  void list_codes(const Linear& linear, const std::int8_t* codes, int begin, int end, bool all);
+  // Rows whose codes are already known, so many of them not zero; `all`: zeros too.
+  void list_codes(const Linear& linear, const std::int8_t* codes, int begin, int end, std::int64_t nonzero, bool all);
 
   // Slices [begin, end) of the listed rows' product into to[0 ...]. plain: int8 sums unscaled, as 32-bit integers.
   void multiply(const Kernels& kernels, const Linear& linear, int begin, int end, float* to, bool plain);
@@ -90,12 +91,14 @@ class Listing {
 
  private:
   Lines<std::int32_t> index_, sums_;
-  Lines<std::int8_t> codes_, listed_;
+  Lines<std::int8_t> codes_, listed_;  // the list; or, where the stream is read, codes of whole groups
   Lines<float> values_;
   std::vector<int> group_ends_;
   std::vector<std::int32_t> group_sums_;
   Rows rows_{};
+  Piece piece_{};  // of the stream that is read, where its groups are not 0
   float token_scale_ = 1.0f;
+  double most_ = 0;  // share of rows that are listed, before all are read
   std::int64_t spikes_ = 0, nonzero_ = 0;
 };
 

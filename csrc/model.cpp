@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
+#include <limits>
 #include <stdexcept>
 
 #include "model_parts.hpp"
@@ -18,6 +20,11 @@ float from_bf16(std::uint16_t x) {
   std::memcpy(&f, &bits, 4);
   return f;
 }
+
+// Two-step head: channels of a token's values that are read in int8, for they are many times the others' size; and how
+// far below the best logit words are still read in int8. What it costs: docs/engine.md.
+constexpr int kLarge = 16;
+constexpr float kNear = 5.0f;
 
 }  // namespace
 
@@ -40,7 +47,8 @@ void Model::finish() {
     t->scratch.resize(head_scratch(shape.width, shape.size));
     t->partial_out.resize(most);
     t->partial_down.resize(most);
-    t->listing.reserve(most, widest);
+    t->listing.reserve(most, widest, pool_->size());
+    t->codes.resize(most);
     t->counts.resize(layers.size() * kSites);
     threads_.push_back(std::move(t));
   }
@@ -48,6 +56,7 @@ void Model::finish() {
   projected_.resize(shape.channels() + shape.inner() + 2 * kSlice);
   mixed_.resize(most);
   product_.resize(most);
+  rough_.resize(static_cast<std::size_t>(rough.pairs) * 2 * kSlice);
 }
 
 std::size_t Model::conv_floats() const {
@@ -93,6 +102,11 @@ void Model::embed(std::int32_t token, int begin, int end, float* to) const {
   if (embedding) {
     std::memcpy(to + begin, embedding + (static_cast<std::size_t>(token) * shape.hidden + begin) * 4,
                 sizeof(float) * (end - begin));
+    return;
+  }
+  if (words) {
+    const std::int8_t* row = words + static_cast<std::size_t>(token) * shape.hidden;
+    for (int i = begin; i < end; ++i) to[i] = row[i] * static_cast<const float*>(head.scales)[token];
     return;
   }
   const int slice = token / kSlice, column = token % kSlice;
@@ -245,12 +259,60 @@ void Model::step_thread(int thread, State& state, std::int32_t token, float* log
 
   if (logits == nullptr) return;
   k.rms_norm(h, norm, shape.eps, shape.hidden, t.normed.data());
+  if (words) return two_step_head(thread, logits);
   Counts ignored;
   Site dense;
   dense.linear = head;
   list(dense, t.normed.data(), 0, shape.hidden, true, ignored);
   const Range slices = share_slices(head, thread, parts);
   multiply(head, slices, logits + slices.begin * kSlice, false);
+}
+
+// Logits of a token's normed values in int4, but for its few large channels, which are read in int8; then those of the
+// words near the best again, in int8 rows and with values in fp32.
+void Model::two_step_head(int thread, float* logits) {
+  Thread& t = *threads_[thread];
+  const Kernels& k = *kernels_;
+  const int n = shape.hidden;
+  const float* x = t.normed.data();
+  // Every thread finds the same large channels; hidden is of no more use to it.
+  float *rest = t.hidden.data(), *large = t.local.data();
+  float least_large = 0;
+  if (n > kLarge) {
+    for (int i = 0; i < n; ++i) large[i] = std::fabs(x[i]);
+    std::nth_element(large, large + kLarge, large + n, std::greater<>());
+    least_large = large[kLarge];
+  }
+  for (int i = 0; i < n; ++i) {
+    const bool is_large = std::fabs(x[i]) > least_large;
+    rest[i] = is_large ? 0.0f : x[i];
+    large[i] = is_large ? x[i] : 0.0f;
+  }
+  std::int8_t* codes = t.codes.data();
+  const float scale = k.quantise(rest, n, codes);
+  std::fill(codes + n, codes + rough.quads * kQuad, static_cast<std::int8_t>(0));
+  std::vector<std::int32_t>& sums = t.sums;
+  sums.assign(rough.groups(), 0);
+  for (int i = 0; i < n; ++i) sums[i / kGroup] += codes[i];
+  const Range pairs = share(rough.pairs, thread, pool_->size());
+  // The last pair may have a slice more than the head.
+  const int begin = static_cast<int>(pairs.begin) * 2, end = std::min(static_cast<int>(pairs.end) * 2, head.slices);
+  k.stream_i4(rough, {begin / 2, static_cast<int>(pairs.end - pairs.begin), 0, rough.groups()}, codes, sums.data(),
+              rough_.data() + begin * kSlice);
+  Site site;
+  site.linear = head;
+  t.listing.list(k, site, large, 0, n, nullptr, nullptr);
+  t.listing.multiply(k, head, begin, end, logits + begin * kSlice, false);
+  const int from = begin * kSlice, to = std::min(end * kSlice, shape.vocab);
+  for (int word = from; word < end * kSlice; ++word) logits[word] += rough_[word] * scale;
+  t.best = to > from ? *std::max_element(logits + from, logits + to) : -std::numeric_limits<float>::infinity();
+  pool_->barrier();
+  float best = t.best;
+  for (const auto& other : threads_) best = std::max(best, other->best);
+  const float* scales = static_cast<const float*>(head.scales);
+  for (int word = from; word < to; ++word)
+    if (logits[word] >= best - kNear)
+      logits[word] = k.dot_i8(x, words + static_cast<std::size_t>(word) * n, n) * scales[word];
 }
 
 }  // namespace mar

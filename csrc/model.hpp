@@ -52,6 +52,9 @@ class Model {
   std::vector<Layer> layers;
   const float* norm = nullptr;
   Linear head{};
+  // A head in two steps: an int8 head beside the same in int4 and in rows of one word each (vocab x hidden); else empty.
+  Stream rough{};
+  const std::int8_t* words = nullptr;
   const std::uint8_t* embedding = nullptr;  // vocab x hidden in float, where the head is not tied; else null
 
   Model(const Kernels* kernels, int threads);
@@ -84,6 +87,7 @@ class Model {
   void check(std::int32_t token) const;
   void step_thread(int thread, State& state, std::int32_t token, float* logits, const std::int8_t* given,
                    std::int8_t* taken);
+  void two_step_head(int thread, float* logits);
   void wide_block(const std::vector<State*>& states, const std::int32_t* tokens, int count, bool all, float* logits);
   void wide_site(int thread, int layer, int which, const Site& site, const float* values, int count, float* out);
   Head head_of(const Layer& layer, int index, float* conv, float* ssm) const;
@@ -92,7 +96,7 @@ class Model {
   std::shared_ptr<Pool> pool_;
   std::vector<std::unique_ptr<Thread>> threads_;
   std::unique_ptr<Wide> wide_;
-  std::vector<float> hidden_, projected_, mixed_, product_;
+  std::vector<float> hidden_, projected_, mixed_, product_, rough_;
 };
 
 }  // namespace mar

@@ -213,6 +213,11 @@ void Model::wide_block(const std::vector<State*>& states, const std::int32_t* to
     }
     if (logits == nullptr) return;
     pool_->barrier();
+    if (!all && words) {
+      float* normed = threads_[thread]->normed.data();
+      k.rms_norm(w.hidden.data() + (count - 1) * static_cast<std::size_t>(shape.hidden), norm, shape.eps, shape.hidden, normed);
+      return two_step_head(thread, logits);
+    }
     const int wanted = all ? count : 1, start = count - wanted;
     const Range last = share(wanted, thread, parts);
     for (auto m = last.begin; m < last.end; ++m)

@@ -1,5 +1,6 @@
 // One token through a linear: the sum of the rows of weights that are asked for. Compiled once per instruction set.
-// Does: read just those rows, in slices of 64 outputs, ahead of time. Does not: list them (linear.cpp).
+// Does: read just those rows, in slices of 64 outputs, ahead of time; or, in int4, all of them in the order of memory.
+// Does not: list them, or choose (linear.cpp).
 #include "engine_kernels.hpp"
 #include "engine_vectors.hpp"
 
@@ -60,6 +61,17 @@ inline void rows_float(Block block, Rows rows, float* acc) {
     for (int k = 0; k < 4; ++k) store(to + k * kLanes, sums[k]);
   });
 }
+
+// Where a stream's pieces lie, and how many quads of inputs a group has.
+constexpr int kLines = kQuad * kSlice;  // bytes of one quad of inputs and two slices
+
+inline const std::uint8_t* lines_of(Stream stream, Piece piece, int pair) {
+  return stream.weights + (static_cast<std::size_t>(piece.pair + pair) * stream.quads + piece.group * (kGroup / kQuad)) * kLines;
+}
+inline const std::uint16_t* scales_of(Stream stream, Piece piece, int pair) {
+  return stream.scales + (static_cast<std::size_t>(piece.pair + pair) * stream.groups() + piece.group) * 2 * kSlice;
+}
+inline int quads_of(Stream stream, int group) { return std::min(kGroup / kQuad, stream.quads - group * (kGroup / kQuad)); }
 
 }  // namespace
 
@@ -136,7 +148,76 @@ void rows_i4(Block block, Rows rows, Groups groups, float* out) {
   });
 }
 
+void stream_i4(Stream stream, Piece piece, const std::int8_t* codes, const std::int32_t* sums, float* out) {
+  const __m512i low_half = _mm512_set1_epi8(15);
+  for (int pair = 0; pair < piece.pairs; ++pair, out += 2 * kSlice) {
+    const std::uint8_t* line = lines_of(stream, piece, pair);
+    const std::uint16_t* scales = scales_of(stream, piece, pair);
+    F totals[8] = {};
+    for (int group = 0; group < piece.groups; ++group, scales += 2 * kSlice) {
+      __m512i sum[8];
+      for (auto& one : sum) one = _mm512_setzero_si512();
+      const std::int8_t* code = codes + group * kGroup;
+      for (int quad = quads_of(stream, piece.group + group); quad > 0; --quad, line += kLines, code += kQuad) {
+        const __m512i four = four_codes(code);
+        for (int k = 0; k < 4; ++k) {
+          const __m512i both = load<__m512i>(line + k * 64);
+          sum[k] = _mm512_dpbusd_epi32(sum[k], _mm512_and_si512(both, low_half), four);
+          sum[4 + k] = _mm512_dpbusd_epi32(sum[4 + k], _mm512_andnot_si512(low_half, both), four);  // sixteen times
+        }
+      }
+      for (int k = 0; k < 8; ++k)
+        totals[k] += to_float((k < 4 ? (I)sum[k] : (I)sum[k] >> 4) - 8 * sums[group]) * bf16_to_float(scales + k * kLanes);
+    }
+    for (int k = 0; k < 8; ++k) store(out + k * kLanes, totals[k]);
+  }
+}
+
 #else
+
+void stream_i4(Stream stream, Piece piece, const std::int8_t* codes, const std::int32_t* sums, float* out) {
+  std::fill(out, out + static_cast<std::ptrdiff_t>(piece.pairs) * 2 * kSlice, 0.0f);
+  for (int pair = 0; pair < piece.pairs; ++pair, out += 2 * kSlice) {
+    const std::uint8_t* lines = lines_of(stream, piece, pair);
+    const std::uint16_t* scales = scales_of(stream, piece, pair);
+    for (int group = 0; group < piece.groups; ++group, scales += 2 * kSlice) {
+      const int quads = quads_of(stream, piece.group + group);
+      const std::int8_t* code = codes + group * kGroup;
+      // Eight outputs of both slices at a time: a group's lines stay in the first-level cache meanwhile.
+      for (int at = 0; at < kSlice; at += 8) {
+        std::int32_t low[8] = {}, high[8] = {};
+#if defined(__AVX2__)
+        __m256i low_sum = _mm256_setzero_si256(), high_sum = _mm256_setzero_si256();
+        const __m256i low_half = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+        for (int quad = 0; quad < quads; ++quad) {
+          std::int32_t four;
+          std::memcpy(&four, code + quad * kQuad, 4);
+          const __m256i times = _mm256_set1_epi32(four), both = load<__m256i>(lines + quad * kLines + at * kQuad);
+          const __m256i first = _mm256_maddubs_epi16(_mm256_and_si256(both, low_half), times);
+          const __m256i second = _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(both, 4), low_half), times);
+          low_sum = _mm256_add_epi32(low_sum, _mm256_madd_epi16(first, ones));
+          high_sum = _mm256_add_epi32(high_sum, _mm256_madd_epi16(second, ones));
+        }
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(low), low_sum);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(high), high_sum);
+#else
+        for (int quad = 0; quad < quads; ++quad) {
+          const std::uint8_t* both = lines + quad * kLines + at * kQuad;
+          for (int i = 0; i < 8 * kQuad; ++i) {
+            low[i / kQuad] += (both[i] & 15) * code[quad * kQuad + i % kQuad];
+            high[i / kQuad] += (both[i] >> 4) * code[quad * kQuad + i % kQuad];
+          }
+        }
+#endif
+        for (int j = 0; j < 8; ++j) {
+          out[at + j] += static_cast<float>(low[j] - 8 * sums[group]) * bf16_to_float(scales[at + j]);
+          out[kSlice + at + j] += static_cast<float>(high[j] - 8 * sums[group]) * bf16_to_float(scales[kSlice + at + j]);
+        }
+      }
+      lines += quads * kLines;
+    }
+  }
+}
 
 namespace {
 

@@ -18,7 +18,7 @@ import pytest
 
 from mar import _native
 from mar.compact import GROUP, from_bf16, quantise_int4, quantise_int8, to_bf16
-from mar.engine import Engine, pack
+from mar.engine import Engine, layout, pack
 from mar.engine.pack import PackSettings
 
 NEEDS = {
@@ -90,11 +90,9 @@ def check_linears() -> None:
         weight = weight.astype(np.float32)
         weight[random.random(outputs) < 0.1] = 0
         for precision in pack.PRECISIONS:
-            stored, scales = pack.pack_linear(weight, precision)
-            arrays = {"linear.weights": stored.reshape(-1).view(np.uint8)}
-            if scales is not None:
-                arrays["linear.scales"] = scales.reshape(-1).view(np.uint8)
-            linears = [_native.Linear(precision, inputs, outputs, arrays, pack.PANEL, threads) for threads in (1, 3)]
+            packed = layout.pack_linear(weight, precision).items()
+            arrays = {f"linear.{kind}": np.ascontiguousarray(one).reshape(-1).view(np.uint8) for kind, one in packed}
+            linears = [_native.Linear(precision, inputs, outputs, arrays, layout.PANEL, threads) for threads in (1, 3)]
             values, factors = meaning(weight, precision)
             for share, largest in ((0.0, 1), (0.05, 4), (0.3, 127), (1.0, 16)):
                 codes = codes_of(inputs, share, largest, random)
@@ -119,7 +117,7 @@ def outputs(folder: Path) -> dict[str, np.ndarray]:
     found: dict[str, np.ndarray] = {}
     for precision in pack.PRECISIONS:
         dense, spiking = (
-            Engine.from_pretrained(folder / name, precision=precision, cache=folder, threads=1)
+            Engine.from_pretrained(folder / name, precision=precision, head=precision, cache=folder, threads=1)
             for name in ("dense", "spiking")
         )
         found[f"{precision} wide"] = dense.logits(dense.new_state(), ids)
@@ -294,7 +292,7 @@ def test_other_settings_that_make_no_model_are_refused(parts, name: str, value: 
 )
 def test_linears_of_sizes_that_make_none_are_refused(inputs: int, outputs: int):
     with pytest.raises(ValueError, match=r"makes no model|takes up to 65536"):
-        _native.Linear("int8", inputs, outputs, {}, pack.PANEL, 1)
+        _native.Linear("int8", inputs, outputs, {}, layout.PANEL, 1)
 
 
 def test_arrays_of_another_size_or_kind_are_refused(parts):
@@ -311,7 +309,7 @@ def test_arrays_of_another_size_or_kind_are_refused(parts):
         for one in wrong[:: 1 if name.startswith("layers.0.in_proj") else 3]:
             with pytest.raises(ValueError, match=r"bytes instead of|no flat array"):
                 core(settings, arrays | {name: one})
-        if name.endswith((".bias", ".threshold", ".multiplier")) or name == "embedding":
+        if name.endswith((".bias", ".threshold", ".multiplier")) or name in ("embedding", "head.words"):
             continue
         with pytest.raises(ValueError, match=f"The packed model has no '{re.escape(name)}'"):
             core(settings, {other: value for other, value in arrays.items() if other != name})

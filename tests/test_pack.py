@@ -21,8 +21,9 @@ from mar import compact
 from mar import folder as torch_folder
 from mar.compact import GROUP
 from mar.config import NeuronConfig
-from mar.engine import Engine, pack
-from mar.engine.pack import QUAD, SLICE, PackSettings
+from mar.engine import Engine, layout, pack
+from mar.engine.layout import QUAD, SLICE
+from mar.engine.pack import PackSettings
 from tiny_models import mar_model
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -102,7 +103,7 @@ def unpacked(stored: np.ndarray, scales: np.ndarray | None, precision: str, inpu
     size = {"fp32": 4, "bf16": 2, "int8": 1, "int4": 0.5}[precision]
     raw = stored.reshape(-1).view(np.uint8)
     assert raw.nbytes == rows * slices * SLICE * size
-    panels = -(-slices // pack.PANEL)
+    panels = -(-slices // layout.PANEL)
     width = -(-slices // (panels * unit)) * unit
     found, at = [], 0
     for start in range(0, slices, width):
@@ -127,12 +128,28 @@ def unpacked(stored: np.ndarray, scales: np.ndarray | None, precision: str, inpu
     return values[:inputs, :outputs].T
 
 
+def streamed(packed: dict[str, np.ndarray], inputs: int, outputs: int) -> np.ndarray:
+    """Values (outputs, inputs) of an int4 weight's stream, one by one."""
+    weights, scales = packed["stream.weights"], compact.from_bf16(packed["stream.scales"])
+    values = np.empty((outputs, inputs), np.float32)
+    for output, inp in np.ndindex(outputs, inputs):
+        pair, within = divmod(output, 2 * SLICE)
+        half, place = divmod(within, SLICE)
+        byte = weights[pair, inp // QUAD, place // 16, place % 16, inp % QUAD]
+        nibble = byte >> 4 if half else byte & 15
+        values[output, inp] = (np.float32(nibble) - 8) * scales[pair, inp // GROUP, within]
+    return values
+
+
 @pytest.mark.parametrize("precision", pack.PRECISIONS)
 @pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (40, 64), (72, 300), (200, 1300), (63, 2500)])
 def test_linears_are_read_back(precision, inputs, outputs):
     weight = np.random.default_rng(inputs).standard_normal((outputs, inputs)).astype(np.float32)
-    stored, scales = pack.pack_linear(weight, precision)
-    back = unpacked(stored, scales, precision, inputs, outputs)
+    packed = layout.pack_linear(weight, precision)
+    back = unpacked(packed["weights"], packed.get("scales"), precision, inputs, outputs)
+    assert ("stream.weights" in packed) == (precision == "int4")
+    if precision == "int4":
+        assert np.array_equal(streamed(packed, inputs, outputs), back)
     largest = np.abs(weight).max(1, keepdims=True)
     relative = {"fp32": 0, "bf16": 2**-8, "int8": 0.501 / 127, "int4": 0.17}[precision]
     assert (np.abs(back - weight) <= relative * largest).all()
@@ -140,7 +157,7 @@ def test_linears_are_read_back(precision, inputs, outputs):
 
 def test_gate_and_up_lie_side_by_side():
     gate, up = np.arange(200)[:, None] + np.zeros(3), -np.arange(200)[:, None] - np.zeros(3)
-    both = pack.alternate(gate, up).reshape(-1, 2, SLICE, 3)
+    both = layout.alternate(gate, up).reshape(-1, 2, SLICE, 3)
     assert both.shape == (4, 2, SLICE, 3)
     assert np.array_equal(both[:, 0].reshape(-1, 3)[:200], gate)
     assert np.array_equal(both[:, 1].reshape(-1, 3)[:200], up)
@@ -294,7 +311,7 @@ def python(code: str, *arguments: str) -> subprocess.Popen:
 PACK = """
 import sys, time
 from pathlib import Path
-from mar.engine import Engine, pack
+from mar.engine import Engine, layout, pack
 folder, cache, start = sys.argv[1:]
 inner = pack.write_packed
 def later(*arguments):

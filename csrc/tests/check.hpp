@@ -68,9 +68,9 @@ inline float from_bf16(std::uint16_t value) {
 
 // Random weights of one linear, in arrays that end where they must, and what each stands for.
 struct Weights {
-  std::vector<std::uint8_t> bytes;
+  std::vector<std::uint8_t> bytes, lines;
   std::vector<float> scales8, bias;
-  std::vector<std::uint16_t> scales4;
+  std::vector<std::uint16_t> scales4, lines_scales;
   mar::Linear linear{};
 
   Weights() = default;
@@ -100,6 +100,7 @@ struct Weights {
     } else if (precision == mar::Precision::i4) {
       for (int i = 0; i < linear.groups() * linear.outputs(); ++i) scales4.push_back(to_bf16(normal(0.05f)));
       linear.scales = scales4.data();
+      add_stream();
     }
     if (biased) {
       bias = normals(linear.outputs(), 0.2f);
@@ -109,6 +110,28 @@ struct Weights {
   Weights(const Weights&) = delete;
   Weights(Weights&&) = default;
   Weights& operator=(Weights&&) = default;
+
+  // The same int4 weights in the order of a stream.
+  void add_stream() {
+    mar::Stream& stream = linear.stream;
+    stream = {nullptr, nullptr, linear.rows / mar::kQuad, linear.slices / 2};
+    lines.resize(stream.weight_bytes());
+    lines_scales.resize(stream.scale_bytes() / 2);
+    for (int pair = 0; pair < stream.pairs; ++pair)
+      for (int input = 0; input < linear.rows; ++input)
+        for (int column = 0; column < mar::kSlice; ++column) {
+          const mar::Block block = linear.block(2 * pair, 2);
+          const std::size_t quad = static_cast<std::size_t>(pair) * stream.quads + input / mar::kQuad;
+          lines[(quad * mar::kSlice + column) * mar::kQuad + input % mar::kQuad] = block.rows[block.stride * input + column];
+        }
+    for (int pair = 0; pair < stream.pairs; ++pair)
+      for (int group = 0; group < linear.groups(); ++group)
+        for (int j = 0; j < 2 * mar::kSlice; ++j)
+          lines_scales[(static_cast<std::size_t>(pair) * linear.groups() + group) * 2 * mar::kSlice + j] =
+              scales4[static_cast<std::size_t>(group) * linear.outputs() + pair * 2 * mar::kSlice + j];
+    stream.weights = lines.data();
+    stream.scales = lines_scales.data();
+  }
 
   double at(int input, int output) const {
     const int slice = output / mar::kSlice, column = output % mar::kSlice;

@@ -8,6 +8,10 @@ using mar::Precision;
 
 namespace {
 
+std::int64_t nonzero(const std::vector<std::int8_t>& codes, int begin, int end) {
+  return end - begin - std::count(codes.begin() + begin, codes.begin() + end, 0);
+}
+
 const Precision kPrecisions[] = {Precision::f32, Precision::bf16, Precision::i8, Precision::i4};
 
 void elementwise(const mar::Kernels& k) {
@@ -121,19 +125,30 @@ void linears(const mar::Kernels& k) {
           sizes.push_back(size);
         }
         mar::Listing listing;
-        listing.reserve(inputs, wide);
-        for (bool all : {false, true})
-          for (int parts : {1, 3}) {
-            std::vector<float> out(wide);
-            listing.list_codes(linear, one.data(), 0, inputs, all);
-            for (int part = 0; part < parts; ++part) {
-              const auto range = mar::share_slices(linear, part, parts);
-              listing.multiply(k, linear, static_cast<int>(range.begin), static_cast<int>(range.end),
-                               out.data() + range.begin * mar::kSlice, false);
+        listing.reserve(inputs, wide, m % 2 + 1);
+        mar::Linear rows_only = linear;
+        rows_only.stream = {};
+        for (const mar::Linear* how : {static_cast<const mar::Linear*>(&rows_only), &linear})
+          for (bool all : {false, true})
+            for (int parts : {1, 3}) {
+              std::vector<float> out(wide);
+              listing.list_codes(*how, one.data(), 0, inputs, nonzero(one, 0, inputs), all);
+              for (int part = 0; part < parts; ++part) {
+                const auto range = mar::share_slices(linear, part, parts);
+                listing.multiply(k, *how, static_cast<int>(range.begin), static_cast<int>(range.end),
+                                 out.data() + range.begin * mar::kSlice, false);
+              }
+              for (int j = 0; j < wide; ++j) CHECK(near(out[j], wanted[m * wide + j], sizes[m * wide + j]));
+              if (how == &rows_only && !all && parts == 1) singles.insert(singles.end(), out.begin(), out.end());
             }
-            for (int j = 0; j < wide; ++j) CHECK(near(out[j], wanted[m * wide + j], sizes[m * wide + j]));
-            if (!all && parts == 1) singles.insert(singles.end(), out.begin(), out.end());
-          }
+        // In two shares of the inputs, as threads take them where they add up.
+        const int cut = inputs / 3;
+        std::vector<float> first(wide), second(wide);
+        for (auto [begin, end, to] : {std::tuple{0, cut, &first}, {cut, inputs, &second}}) {
+          listing.list_codes(linear, one.data(), begin, end, nonzero(one, begin, end), true);
+          listing.multiply(k, linear, 0, linear.slices, to->data(), false);
+        }
+        for (int j = 0; j < wide; ++j) CHECK(near(first[j] + second[j], wanted[m * wide + j], sizes[m * wide + j]));
       }
       // Block kernels read whole panels: one panel of all slices.
       std::vector<float> out(static_cast<std::size_t>(tokens) * wide);

@@ -26,7 +26,8 @@ struct Arrays {
   mar::Shape shape{};
   std::vector<Layer> layers;
   std::vector<float> norm, embedding;
-  Weights head;
+  std::vector<std::int8_t> words;  // of a head in two steps
+  Weights head, rough;
 
   Arrays(const Sizes& s, Precision precision, Precision head_precision, bool spiking) {
     shape = {s.vocab, s.hidden, s.ffn, 2, s.heads, s.width, s.size, s.taps, 1e-5f, true, true};
@@ -55,6 +56,24 @@ struct Arrays {
     if (spiking) embedding = normals(static_cast<std::size_t>(s.vocab) * s.hidden);
   }
 
+  // The head in two steps: its weights word by word, and in int4 with the high halves of their codes.
+  void in_two_steps() {
+    rough = Weights(Precision::i4, shape.hidden, shape.vocab);
+    for (int word = 0; word < rough.linear.outputs(); ++word)
+      for (int i = 0; i < shape.hidden; ++i) {
+        const double value = word < shape.vocab ? head.at(i, word) : 0;
+        const float scale = word < shape.vocab ? head.scales8[word] : 1;
+        const int code = static_cast<int>(std::lround(value / scale));
+        if (word < shape.vocab) words.push_back(static_cast<std::int8_t>(code));
+        const int half = std::clamp(static_cast<int>(std::lround(code / 16.0)), -8, 7) + 8;
+        const mar::Block block = rough.linear.block(word / mar::kSlice / 2 * 2, 2);
+        std::uint8_t& byte = rough.bytes[block.rows - rough.bytes.data() + block.stride * i + word % mar::kSlice];
+        byte = static_cast<std::uint8_t>(word / mar::kSlice % 2 ? (byte & 15) | half << 4 : (byte & 240) | half);
+        rough.scales4[static_cast<std::size_t>(i / mar::kGroup) * rough.linear.outputs() + word] = to_bf16(16 * scale);
+      }
+    rough.add_stream();
+  }
+
   static int steps(int site) { return site == 3 ? 16 : site + 1; }
 
   void fill(mar::Model& model) const {
@@ -77,6 +96,7 @@ struct Arrays {
     }
     model.norm = norm.data();
     model.head = head.linear;
+    if (!words.empty()) model.rough = rough.linear.stream, model.words = words.data();
     if (!embedding.empty()) model.embedding = reinterpret_cast<const std::uint8_t*>(embedding.data());
     model.finish();
   }
@@ -163,6 +183,36 @@ void ways_to_read(const mar::Variant& variant, const Sizes& sizes, Precision pre
   }
 }
 
+// A head in two steps: near the best word as the whole int8 head has it, elsewhere as int4 has it, on any way to read.
+void two_step_head(const mar::Variant& variant, const Sizes& sizes) {
+  Arrays arrays(sizes, Precision::i8, Precision::i8, true);
+  mar::Model plain(variant.kernels, 1);
+  arrays.fill(plain);
+  arrays.in_two_steps();
+  const int wide = arrays.head.linear.outputs();
+  std::vector<std::vector<float>> found;
+  std::vector<float> exact(wide);
+  const std::int32_t tokens[3] = {1, 0, sizes.vocab - 1};
+  for (int threads : {1, 3}) {
+    mar::Model model(variant.kernels, threads);
+    arrays.fill(model);
+    mar::State state = model.new_state(), whole = model.new_state(), other = plain.new_state();
+    std::vector<float> steps(wide), prefill(wide);
+    for (std::int32_t token : tokens) model.step(state, token, steps.data()), plain.step(other, token, exact.data());
+    model.forward({&whole}, tokens, 3, false, prefill.data());
+    found.insert(found.end(), {steps, prefill});
+  }
+  const auto best = std::max_element(exact.begin(), exact.begin() + sizes.vocab);
+  double far = 0;
+  for (int word = 0; word < sizes.vocab; ++word) far = std::max(far, static_cast<double>(std::fabs(exact[word])));
+  CHECK(found[0] == found[2] && found[1] == found[3]);
+  for (const auto& one : found) {
+    CHECK(std::max_element(one.begin(), one.begin() + sizes.vocab) - one.begin() == best - exact.begin());
+    // Values rounded to 8 bits lie between the two; int4 words may be off by more.
+    for (int word = 0; word < sizes.vocab; ++word) CHECK(near(one[word], exact[word], far, exact[word] > *best - 4 ? 0.05 : 0.5));
+  }
+}
+
 }  // namespace
 
 void test_model(const mar::Variant& variant) {
@@ -172,4 +222,5 @@ void test_model(const mar::Variant& variant) {
     ways_to_read(variant, odd, precision, Precision::i4, true);
     ways_to_read(variant, small, precision, Precision::f32, false);
   }
+  two_step_head(variant, ragged);
 }

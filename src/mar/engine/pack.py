@@ -23,25 +23,22 @@ from safetensors import SafetensorError, deserialize
 from mar.compact import (
     CompactWeights,
     DamagedWeights,
-    Quantised,
     expand,
     filled,
     quantise,
     row_multipliers,
     thresholds,
-    to_bf16,
     to_float,
 )
+from mar.engine.layout import PANEL, SLICE, alternate, pack_codes, pack_linear, pack_stream
 from mar.weights import weight_files
 
 PRECISIONS = ("fp32", "bf16", "int8", "int4")
-SLICE, QUAD = 64, 4
-"""Outputs of a cache line in int8; rows multiplied at once (csrc/kernels.hpp)."""
+TWO_STEP = "int4+int8"
+"""A head whose single tokens take all words in int4, then the likeliest in int8 (docs/engine.md)."""
 
-PANEL = 18
-"""Slices of one panel at most: long enough for a row's piece to be worth a jump, short enough to stay in the cache."""
-
-MAGIC = b"MARPACK6"
+HEADS = (*PRECISIONS, TWO_STEP)
+MAGIC = b"MARPACK7"
 START = len(MAGIC) + hashlib.sha256().digest_size
 """Where what the digest covers starts: the header's length in 8 bytes, the header, the arrays."""
 
@@ -62,8 +59,9 @@ Array = NDArray[Any]
 class PackSettings:
     """How a model is packed.
 
-    precision: of the decoder's linears. head: of embedding and head, None for the same. neurons: whether spiking sites
-    keep their neurons; without, the same weights run dense (what spikes are compared with).
+    precision: of the decoder's linears. head: of embedding and head, one of HEADS; None is the linears' precision, in
+    two steps where that is int8. neurons: whether spiking sites keep their neurons; without, the same weights run dense
+    (what spikes are compared with).
     """
 
     precision: str = "int8"
@@ -71,9 +69,24 @@ class PackSettings:
     neurons: bool = True
 
     def __post_init__(self) -> None:
-        for name, value in (("precision", self.precision), ("head", self.head or self.precision)):
-            if value not in PRECISIONS:
-                raise ValueError(f"{name} is {value!r}; use one of {', '.join(PRECISIONS)}.")
+        for name, value, known in (("precision", self.precision, PRECISIONS), ("head", self.kind_of_head, HEADS)):
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}; use one of {', '.join(known)}.")
+
+    @property
+    def kind_of_head(self) -> str:
+        """One of HEADS."""
+        return self.head or _in_two_steps(self.precision)
+
+
+def _in_two_steps(precision: str) -> str:
+    """What a head of this precision is, unless one asks for it."""
+    return TWO_STEP if precision == "int8" else precision
+
+
+def _bulk_precision(head: str) -> str:
+    """The precision that a head has for many tokens."""
+    return "int8" if head == TWO_STEP else head
 
 
 def pack_settings(folder: Path, precision: str | None, head: str | None, neurons: bool) -> PackSettings:
@@ -83,7 +96,9 @@ def pack_settings(folder: Path, precision: str | None, head: str | None, neurons
     file = _files(folder)[0]
     compact = _config(file, file.read_bytes()).get("compact")
     stored: dict[str, str] = compact if isinstance(compact, dict) else {}
-    return PackSettings(stored.get("precision", "int8"), head or stored.get("head"), neurons)
+    if head is None and "head" in stored:
+        head = _in_two_steps(stored["head"])
+    return PackSettings(stored.get("precision", "int8"), head, neurons)
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Array], str]:
@@ -146,7 +161,7 @@ def engine_settings(config: dict[str, Any], settings: PackSettings) -> dict[str,
         "gain": int(config.get("input_gain", "one_minus_decay") == "one_minus_decay"),
         "unit": int(config.get("bc_norm", "l2") == "l2"),
         "precision": settings.precision,
-        "head_precision": settings.head or settings.precision,
+        "head_precision": _bulk_precision(settings.kind_of_head),
         "panel": PANEL,
     }
     for site, neuron in _neurons(config, settings).items():
@@ -202,9 +217,8 @@ def pack(config: dict[str, Any], weights: dict[str, Array], settings: PackSettin
         """Pack a weight, or the very codes of its `sources` where a compact folder holds them in this precision."""
         stored = [compact.quantised[source] for source in sources if source in compact.quantised]
         exact = stored and stored[0].precision == precision and (usable or name == "head")
-        arrays[f"{name}.weights"], scales = pack_codes(*stored) if exact else pack_linear(weight, precision)
-        if scales is not None:
-            arrays[f"{name}.scales"] = scales
+        packed = pack_codes(*stored) if exact else pack_linear(weight, precision)
+        arrays.update({f"{name}.{kind}": array for kind, array in packed.items()})
         if bias is not None:
             arrays[f"{name}.bias"] = filled(bias, SLICE * (2 if precision == "int4" else 1))
 
@@ -256,55 +270,19 @@ def pack(config: dict[str, Any], weights: dict[str, Array], settings: PackSettin
     tied = config.get("tie_word_embeddings", False)
     head = embedding if tied else take("lm_head.weight", vocab, hidden)
     source = "model.embed_tokens.weight" if tied else "lm_head.weight"
-    linear("head", head, settings.head or settings.precision, source)
+    linear("head", head, _bulk_precision(settings.kind_of_head), source)
+    if settings.kind_of_head == TWO_STEP:
+        words = compact.quantised.get(source)
+        if words is None or words.precision != "int8":
+            words = quantise(head, "int8")
+        arrays["head.words"] = words.codes
+        rough = quantise(words.values(), "int4")
+        arrays.update({f"head.rough.{kind}": array for kind, array in pack_stream(rough.codes, rough.scales).items()})
     if not tied and not np.array_equal(head, embedding):
         arrays["embedding"] = embedding
     if left:
         raise ValueError(f"The config has no place for {min(left)}; config and weights do not belong together.")
     return {name: np.ascontiguousarray(array).reshape(-1).view(np.uint8) for name, array in arrays.items()}
-
-
-def alternate(gate: Array, up: Array) -> Array:
-    """Rows (outputs) of gate and up in turn, a slice of each, so that one thread has both halves of a product."""
-    halves = [filled(half, SLICE).reshape(-1, SLICE, *half.shape[1:]) for half in (gate, up)]
-    return np.stack(halves, axis=1).reshape(-1, *gate.shape[1:])
-
-
-def pack_linear(weight: Array, precision: str) -> tuple[Array, Array | None]:
-    """A weight (outputs, inputs) as panels of input-major rows, and its scales, if any.
-
-    fp32, bf16: the values. int8, int4: see `pack_codes`.
-    """
-    if precision not in ("fp32", "bf16"):
-        return pack_codes(quantise(weight, precision))
-    rows = np.ascontiguousarray(filled(weight, SLICE).T)  # inputs, outputs
-    return _panels(to_bf16(rows) if precision == "bf16" else rows, PANEL), None
-
-
-def pack_codes(*parts: Quantised) -> tuple[Array, Array]:
-    """A quantised weight, or gate and up in turn, as panels of input-major rows, and its scales.
-
-    int8: q + 128, one fp32 scale an output. int4: q + 8, an even slice in low and the odd one after it in high nibbles,
-    one bf16 scale per GROUP inputs and output, shape (groups, outputs).
-    """
-    codes, scales = parts[0].codes, parts[0].scales
-    if len(parts) == 2:
-        codes, scales = alternate(codes, parts[1].codes), alternate(scales, parts[1].scales)
-    if parts[0].precision == "int8":
-        rows = filled(filled(codes, SLICE).T, QUAD) + np.int16(128)
-        return _panels(rows.astype(np.uint8), PANEL), filled(scales, SLICE)[:, 0]
-    rows = (filled(filled(codes, 2 * SLICE).T, QUAD) + 8).astype(np.uint8)
-    halves = rows.reshape(len(rows), -1, 2, SLICE)
-    stored = (halves[:, :, 0] | (halves[:, :, 1] << 4)).reshape(len(rows), -1)
-    return _panels(stored, PANEL // 2), np.ascontiguousarray(filled(scales, 2 * SLICE).T)
-
-
-def _panels(stored: Array, most: int) -> Array:
-    """Rows in panels of at most so many times SLICE columns, their widths as equal as can be, one after the other."""
-    lines = stored.shape[1] // SLICE
-    width = -(-lines // -(-lines // most)) * SLICE
-    panels = [stored[:, start : start + width].reshape(-1) for start in range(0, stored.shape[1], width)]
-    return np.concatenate(panels)
 
 
 def cache_folder() -> Path:
