@@ -232,7 +232,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--window", type=int, default=512, help="tokens from one fresh start to the next")
     parser.add_argument("--piece", type=int, default=1, help="tokens that torch reads at a time against itself")
     parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=PRECISIONS)
-    parser.add_argument("--head", choices=HEADS, help="of embedding and head; by default that of the linears")
+    parser.add_argument("--head", choices=HEADS, help="of embedding and head; by default as the engine has it")
     options: argparse.Namespace = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     config = MarConfig.from_pretrained(options.student)

@@ -29,6 +29,9 @@ from timing import turns
 
 OURS, OFF, TRANSFORMERS = "ours", "neurons_off", "transformers_bf16"
 DOCS = Path(__file__).parents[1] / "docs"
+LARGE = 16
+"""Rows of a head in two steps that are read in int8 (kLarge of csrc/model.cpp)."""
+
 SPARE = 256
 """Room after the text read, for the tokens decoded."""
 
@@ -86,8 +89,8 @@ class EngineRunner:
         """What these tokens ask for on average: share of codes that are not zero, bytes of memory that are read.
 
         Of the linears that spikes feed, the engine counts the bytes; everything else in the packed file, the head above
-        all, is read whole, and so is the state. Of a head in two steps that is its int4 part; the few rows of int8 that
-        it reads beside are not counted.
+        all, is read whole, and so is the state. Of a head in two steps that is its int4 part and the rows of its large
+        channels; the words that it reads again are not counted.
         """
         engine = self.engines[threads]
         engine.reset_counters()
@@ -102,15 +105,20 @@ class EngineRunner:
                 nonzero[site["site"]] += site["nonzero"]
                 elements[site["site"]] += counted["tokens"] * channels.get(site["site"], sizes["hidden_size"])
         _, arrays = open_packed(engine.packed)
-        linears = {name for name in arrays if name.startswith("layers.") and name.endswith(".weights")}
-        unread = {"embedding", "head.words", *(["head.weights"] if "head.words" in arrays else []), *linears}
-        fixed = sum(array.nbytes for name, array in arrays.items() if name not in unread)
+        once = {name: array.nbytes for name, array in arrays.items() if ".stream." not in name}  # int4 has two orders
+        linears = {name for name in once if name.startswith("layers.") and name.endswith(".weights")}
+        unread = {"embedding", "head.words", *linears}
+        if "head.words" in arrays:
+            unread.add("head.weights")
+        fixed = sum(size for name, size in once.items() if name not in unread)
+        if "head.words" in arrays:
+            fixed += LARGE * sizes["vocab_size"]
         state = self._states[length]
         return {
             "nonzero_share": nonzero.total() / max(1, elements.total()),
             "nonzero_share_by_site": {site: nonzero[site] / elements[site] for site in elements},
             "linear_bytes_per_token": sum(site["bytes"] for site in counted["sites"]) / counted["tokens"],
-            "linear_bytes": sum(arrays[name].nbytes for name in linears),
+            "linear_bytes": sum(once[name] for name in linears),
             "other_bytes_per_token": fixed + state.conv().nbytes + state.ssm().nbytes,
         }
 

@@ -157,25 +157,26 @@ std::size_t Model::code_count() const {
   return static_cast<std::size_t>(shape.layers) * (2 * shape.hidden + shape.inner() + shape.ffn);
 }
 
-void Model::step(State& state, std::int32_t token, float* logits, const std::int8_t* given, std::int8_t* taken) {
+void Model::step(State& state, std::int32_t token, float* logits, const std::int8_t* given, std::int8_t* taken,
+                 bool whole) {
   check(token);
-  pool_->run([&](int thread) { step_thread(thread, state, token, logits, given, taken); });
+  pool_->run([&](int thread) { step_thread(thread, state, token, logits, given, taken, whole); });
   ++state.tokens;
   ++counted_tokens;
 }
 
 void Model::step_thread(int thread, State& state, std::int32_t token, float* logits, const std::int8_t* given,
-                        std::int8_t* taken) {
+                        std::int8_t* taken, bool whole) {
   Thread& t = *threads_[thread];
   const Kernels& k = *kernels_;
   const int parts = pool_->size();
 
-  // Lists rows [begin, end) of the next site and counts them. `whole`: every thread lists all, so only one counts.
-  auto list = [&](const Site& site, const float* x, int begin, int end, bool whole, Counts& counts) {
-    t.listing.list(k, site, x, begin, end, given, whole && thread != 0 ? nullptr : taken);
+  // Lists rows [begin, end) of the next site and counts them. `alike`: every thread lists all, so only one counts.
+  auto list = [&](const Site& site, const float* x, int begin, int end, bool alike, Counts& counts) {
+    t.listing.list(k, site, x, begin, end, given, alike && thread != 0 ? nullptr : taken);
     if (given) given += site.linear.inputs;
     if (taken) taken += site.linear.inputs;
-    if (whole && thread != 0) return;
+    if (alike && thread != 0) return;
     counts.spikes += t.listing.spikes();
     counts.nonzero += t.listing.nonzero();
     counts.rows += t.listing.rows();
@@ -259,7 +260,7 @@ void Model::step_thread(int thread, State& state, std::int32_t token, float* log
 
   if (logits == nullptr) return;
   k.rms_norm(h, norm, shape.eps, shape.hidden, t.normed.data());
-  if (words) return two_step_head(thread, logits);
+  if (words && !whole) return two_step_head(thread, logits);
   Counts ignored;
   Site dense;
   dense.linear = head;

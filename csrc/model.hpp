@@ -67,11 +67,12 @@ class Model {
   // Logits (outputs of the head, filled up) after one token. Throws std::out_of_range for an unknown token.
   // given: codes to use in place of the neurons' own; taken: where to write the neurons' own; each code_count() bytes,
   // layer by layer and site by site in their order, or null.
+  // whole: all words by the head itself, where it has two steps.
   void step(State& state, std::int32_t token, float* logits, const std::int8_t* given = nullptr,
-            std::int8_t* taken = nullptr);
+            std::int8_t* taken = nullptr, bool whole = false);
   std::size_t code_count() const;
-  // The same for many: tokens of one sequence in order (`spans` = 1 state), or one token for each of several states.
-  // logits: for the last token of each state, or for every token where `all`.
+  // Many: tokens of one sequence in order (`spans` = 1 state), or one token for each of several states.
+  // logits: for the last token of each state, or for every token where `all`; of several tokens' by the head itself.
   void forward(const std::vector<State*>& states, const std::int32_t* tokens, std::int64_t count, bool all,
                float* logits);
 
@@ -86,7 +87,7 @@ class Model {
   void embed(std::int32_t token, int begin, int end, float* to) const;
   void check(std::int32_t token) const;
   void step_thread(int thread, State& state, std::int32_t token, float* logits, const std::int8_t* given,
-                   std::int8_t* taken);
+                   std::int8_t* taken, bool whole);
   void two_step_head(int thread, float* logits);
   void wide_block(const std::vector<State*>& states, const std::int32_t* tokens, int count, bool all, float* logits);
   void wide_site(int thread, int layer, int which, const Site& site, const float* values, int count, float* out);

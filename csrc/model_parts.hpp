@@ -11,10 +11,10 @@ namespace mar {
 // What one thread needs for one token.
 struct Model::Thread {
   Lines<float> hidden, normed, local, scratch, partial_out, partial_down;
-  Lines<std::int8_t> codes;  // of the head's first step
-  float best = 0;            // logit among its own words
+  Lines<std::int8_t> codes;        // of the head's first step
+  std::vector<std::int32_t> sums;  // of the codes of each group
+  float best = 0;                  // logit among its own words
   Listing listing;
-  std::vector<std::int32_t> sums;  // and of their groups
   std::vector<Counts> counts;
 };
 

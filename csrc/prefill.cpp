@@ -23,7 +23,7 @@ void Model::forward(const std::vector<State*>& states, const std::int32_t* token
       const bool wanted = logits != nullptr && (all || start + here == count);
       float* to = !wanted ? nullptr : all ? logits + start * head.outputs() : logits;
       if (here == 1)
-        step(*states[0], tokens[start], to);
+        step(*states[0], tokens[start], to, nullptr, nullptr, all);
       else
         wide_block(states, tokens + start, here, all, to);
     }
@@ -34,7 +34,7 @@ void Model::forward(const std::vector<State*>& states, const std::int32_t* token
     const std::vector<State*> some(states.begin() + start, states.begin() + start + here);
     float* to = logits ? logits + start * head.outputs() : nullptr;
     if (here == 1)
-      step(*some[0], tokens[start], to);
+      step(*some[0], tokens[start], to, nullptr, nullptr, true);
     else
       wide_block(some, tokens + start, static_cast<int>(here), true, to);
   }

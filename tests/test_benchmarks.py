@@ -267,6 +267,22 @@ def test_decode_counts_the_spikes_of_the_tokens_it_times(student: Path) -> None:
     assert found["other_bytes_per_token"] > 320 * 32 * 4, "the head is read whole"
 
 
+def test_what_int4_reads_is_counted_once(student: Path) -> None:
+    """The packed file has int4 weights in two orders, and a head in two steps in three forms."""
+    config = MarForCausalLM.from_pretrained(student).config
+    found = {}
+    for head in ("int4", "int4+int8"):
+        ours = runners.EngineRunner(student, "int4", head, True, [1])
+        ours.prefill([1, 2], 1)
+        found[head] = ours.count(2, [3, 4], 1)
+        wide = -(-(config.conv_size + config.inner_size) // 128) * 128  # outputs are stored in twos of 64
+        layer = 32 * wide + config.inner_size * 128 + 32 * 128 + 48 * 128
+        assert found[head]["linear_bytes"] == config.num_hidden_layers * layer / 2
+    # beside the same int4 weights and scales: 320 scales in fp32, 16 rows of 320 words
+    more = found["int4+int8"]["other_bytes_per_token"] - found["int4"]["other_bytes_per_token"]
+    assert more == 320 * 4 + 16 * 320
+
+
 @pytest.mark.parametrize(
     ("benchmark", "places"), [(decode, ["--tokens", "4", "--contexts", "9", "3"]), (prefill, ["--lengths", "9", "3"])]
 )

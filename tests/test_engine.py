@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from mar.compact import quantise
 from mar.config import MIXER_PRESETS, NeuronConfig, site_neurons
 from mar.engine import Engine, pack
-from mar.engine.engine import sample
+from mar.engine.engine import _likeliest, sample
 from mar.model import MarForCausalLM
 from mar.spikes import SpikeMonitor
 from tiny_engine import RAGGED, SPIKING, engine, engine_fidelity, run_torch, saved, spiking_model, tokens
@@ -606,6 +606,39 @@ def test_a_head_in_two_steps_is_exact_near_the_best_word(tmp_path: Path):
         far.append(np.abs(found - wanted)[~near] / np.abs(wanted).max())
     assert 0.001 < np.concatenate(far).mean() < 0.05, "int4 words are near, and not exact"
     assert np.allclose(two_step.prefill(prefilled, ids), found, atol=1e-2 * np.abs(found).max())
+
+
+def test_a_head_in_two_steps_is_whole_wherever_all_logits_are_asked_for(tmp_path: Path):
+    """Also where a block or a batch has a single token left."""
+    model = mar_model(**RAGGED)
+    two_step, plain = (engine(model, tmp_path / head, "fp32", head=head) for head in (pack.TWO_STEP, "int8"))
+    ids = tokens(257).numpy()
+    assert np.array_equal(*(one.logits(one.new_state(), ids) for one in (two_step, plain)))
+    assert np.array_equal(*(one.score(ids[:2]) for one in (two_step, plain)))
+    many = [[one.new_state() for _ in range(257)] for one in (two_step, plain)]
+    found = [one.step_batch(states, ids.tolist()) for one, states in zip((two_step, plain), many, strict=True)]
+    assert np.array_equal(*found)
+    assert not np.array_equal(*(one.step(one.new_state(), 5) for one in (two_step, plain)))
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.9, 0.999])
+def test_the_likeliest_are_those_of_a_full_sort(share: float):
+    random = np.random.default_rng(0)
+    for size in (1, 7, 5000):
+        chances = np.exp(np.minimum(0, random.normal(-4, 3, size))).astype(np.float32)
+        chances[random.integers(size)] = 1
+        ranks = np.argsort(-chances, kind="stable")
+        sums = chances[ranks].cumsum(dtype=np.float64)
+        wanted = ranks[: int(np.searchsorted(sums, share * chances.sum(dtype=np.float64))) + 1]
+        assert np.array_equal(_likeliest(chances, share), wanted)
+
+
+@pytest.mark.parametrize("spoilt", [np.nan, np.inf])
+def test_logits_that_are_no_numbers_are_refused(spoilt: float):
+    logits = np.array([1, spoilt, 2], np.float32)
+    for top_p in (1.0, 0.5):
+        with pytest.raises(ValueError, match=r"^The logits are not numbers; .*restore it\.$"):
+            sample(logits, 0.7, top_p, None, np.random.default_rng(0))
 
 
 def test_whatever_a_config_leaves_out_has_torchs_default(tmp_path: Path):

@@ -311,7 +311,7 @@ def python(code: str, *arguments: str) -> subprocess.Popen:
 PACK = """
 import sys, time
 from pathlib import Path
-from mar.engine import Engine, layout, pack
+from mar.engine import Engine, pack
 folder, cache, start = sys.argv[1:]
 inner = pack.write_packed
 def later(*arguments):

@@ -69,9 +69,10 @@ class Engine:
         """A MAR folder's model; packed on first use, then memory-mapped from the user's cache folder (or `cache`).
 
         precision: of the decoder's linears, `fp32`, `bf16`, `int8` or `int4`; None for what a compact folder holds, and
-        for int8 of any other. head: of embedding and head, None for the same. neurons: False runs the same weights
-        dense: not the dense model they came from, as training and budgets have changed them. threads: None takes the
-        cores this process may use.
+        for int8 of any other. head: of embedding and head, one of these or `int4+int8` (int8 in two steps, for single
+        tokens); None for the linears' or what a compact folder holds, in two steps where that is int8. neurons: False
+        runs the same weights dense: not the dense model they came from, as training and budgets have changed them.
+        threads: None takes the cores this process may use.
         Raises FileNotFoundError or ValueError, in one sentence, for what is no MAR folder or cannot be run.
         """
         settings = pack_settings(Path(folder), precision, head, neurons)
@@ -203,8 +204,8 @@ class Engine:
         """What was counted since the last reset, by layer and site.
 
         tokens: read so far. sites: a list of {layer, site, spikes, nonzero, rows, bytes}: sum of |code|; codes that are
-        not zero; rows of weights read (single tokens: the non-zero ones, filled up to fours; many tokens: every row,
-        once a block); bytes of those weights.
+        not zero; rows of weights read (single tokens: the non-zero ones, filled up to fours, or in int4 all where most
+        are; many tokens: every row, once a block); bytes of those weights.
         """
         sites = [
             {
@@ -235,6 +236,8 @@ def sample(
             f"temperature {temperature}, top_p {top_p}, top_k {top_k} are no sampling; use temperature from 0, top_p "
             "above 0 and up to 1, top_k from 1."
         )
+    if not np.isfinite(logits.max()):
+        raise ValueError("The logits are not numbers; the model or its state is damaged, restore it.")
     if temperature == 0:
         return int(logits.argmax())
     # The shift first, and never a division by 0: a very small temperature then gives -inf, not inf - inf.
@@ -250,7 +253,7 @@ def sample(
         chances = chances[kept]
         order = kept if order is None else order[kept]
     sums = chances.cumsum(dtype=np.float64)
-    drawn = min(int(np.searchsorted(sums, random.random() * sums[-1], side="right")), len(sums) - 1)
+    drawn = int(np.searchsorted(sums, random.random() * sums[-1], side="right"))
     return drawn if order is None else int(order[drawn])
 
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ def _bulk_precision(head: str) -> str:
 
 
 def pack_settings(folder: Path, precision: str | None, head: str | None, neurons: bool) -> PackSettings:
-    """Precision None stands for what a compact folder holds, head with it, and for int8 in any other folder."""
+    """Precision None stands for what a compact folder holds, its head with it (int8 in two steps), else for int8."""
     if precision is not None:
         return PackSettings(precision, head, neurons)
     file = _files(folder)[0]
@@ -270,14 +270,16 @@ def pack(config: dict[str, Any], weights: dict[str, Array], settings: PackSettin
     tied = config.get("tie_word_embeddings", False)
     head = embedding if tied else take("lm_head.weight", vocab, hidden)
     source = "model.embed_tokens.weight" if tied else "lm_head.weight"
-    linear("head", head, _bulk_precision(settings.kind_of_head), source)
     if settings.kind_of_head == TWO_STEP:
         words = compact.quantised.get(source)
         if words is None or words.precision != "int8":
             words = quantise(head, "int8")
-        arrays["head.words"] = words.codes
         rough = quantise(words.values(), "int4")
-        arrays.update({f"head.rough.{kind}": array for kind, array in pack_stream(rough.codes, rough.scales).items()})
+        parts = {"": pack_codes(words), "rough.": pack_stream(rough.codes, rough.scales)}
+        arrays |= {f"head.{step}{kind}": array for step, part in parts.items() for kind, array in part.items()}
+        arrays["head.words"] = words.codes
+    else:
+        linear("head", head, settings.kind_of_head, source)
     if not tied and not np.array_equal(head, embedding):
         arrays["embedding"] = embedding
     if left:
@@ -294,6 +296,7 @@ def cache_folder() -> Path:
 
 def packed_file(folder: Path, settings: PackSettings, cache: Path | None = None) -> Path:
     """The packed file of a model folder, made now if there is none or if the one there is damaged."""
+    settings = replace(settings, head=settings.kind_of_head)  # one file for what comes to the same
     key = json.dumps({"format": MAGIC.decode(), "panel": PANEL, **asdict(settings)}, sort_keys=True)
 
     def place_of(digest: str) -> Path:
