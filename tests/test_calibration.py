@@ -113,7 +113,8 @@ def test_a_curve_says_what_the_neuron_does(name):
         output, scales = neuron(drive).double(), curve.scales[:, choice]
         errors = (scales * output - drive).square().mean(0)
         torch.testing.assert_close(curve.errors[:, choice], errors, rtol=1e-3, atol=1e-6)
-        for factor in (0.98, 1.02):
+        assert config.precharge < 0.5 or (scales == 1).all()
+        for factor in (0.98, 1.02) if config.precharge < 0.5 else ():
             assert ((factor * scales * output - drive).square().mean(0) >= errors).all()
         fired = neuron.spike_train(samples).abs().double().sum(0).mean(0)
         torch.testing.assert_close(curve.spikes[:, choice], fired, rtol=0, atol=0.01)

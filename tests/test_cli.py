@@ -160,7 +160,8 @@ def test_help_is_quick() -> None:
         (("pack", "items", "new"), "mar: items holds no config.json; give a folder that `mar refine`"),
         (("generate", "smollm2-135m", "Hello", "--engine", "native"), "mar: smollm2-135m holds no config.json"),
         (("generate", DENSE, "Hello", "--precision", "int8"), "mar: precision is 'int8', but torch writes in fp32"),
-        (("chat", DENSE, "--threads", "0"), "mar: threads is 0; use at least 1."),
+        (("chat", DENSE, "--threads", "0"), "mar: threads is 0; use 1 to 256."),
+        (("generate", DENSE, "Hello", "--threads", "100000"), "mar: threads is 100000; use 1 to 256."),
         (
             ("eval", DENSE, "--teacher", "smollm2-135m", "--text", HELD_OUT, "--precision", "int4"),
             "mar: precision is 'int4', which torch has not; use fp32, bf16, or --engine native.",
@@ -392,7 +393,10 @@ def test_the_native_engine_says_what_torch_says(run_json: Callable[..., Any], ru
     assert {key: native[key] for key in ("text", "tokens")} == run_json(*arguments)
     assert native.keys() == {"text", "tokens", "tokens_per_s", "energy_uj"}
     code, out, err = run("generate", SPIKING, "What is the answer?", "--engine", "native", "--threads", "1")
-    assert (code, out) == (0, "")
+    assert code == 0
+    assert (
+        out == run_json("generate", SPIKING, "What is the answer?", "--engine", "native", "--threads", 1)["text"] + "\n"
+    )
     line = err.splitlines()[-1]
     words = r"spikes per input, [\d.]+% of the inputs not zero, modelled energy [\d.e-]+ µJ per token with the head "
     words += r"\(45nm-fp32, compute only\)\]"

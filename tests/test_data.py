@@ -297,7 +297,12 @@ def without(name: str) -> Callable[[PreTrainedTokenizerFast], PreTrainedTokenize
     [
         ({"text": " "}, {}, None, "holds no document that is not empty in split 'all'"),
         ({"text": "x"}, {"split": "held_out", "held_out_share": 1e-9}, None, "not empty in split 'held_out'"),
-        ({"text": "The river"}, {"length": 99}, None, r"only \d tokens, too few for 1 x 99; lower data.length"),
+        (
+            {"text": "The river"},
+            {"length": 99},
+            None,
+            r"only \d tokens, too few for 1 x 99; give more text or a smaller data.length",
+        ),
         ({"tokens": [5, 320]}, {}, None, "token ids run from 5 to 320, but the vocabulary has 320 entries"),
         ({"tokens": [5, -1]}, {}, None, "token ids run from -1 to 5"),
         ({"text": "x"}, {}, without("eos_token"), "no EOS token"),

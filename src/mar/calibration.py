@@ -23,7 +23,7 @@ CALIBRATION_SAMPLES = {"channel": 1024, "scalar": 2**18}
 class Curve(NamedTuple):
     """Choices of V for each channel, and what they cost: all (channels, choices) but `energy`, (channels,).
 
-    scales: what the output is multiplied by for the least error. errors: mean (scale * output - x)^2. spikes: mean
+    scales: what the output is multiplied by for the least error; 1 for neurons that round. errors: mean (scale * output - x)^2. spikes: mean
     sum_t |s_t|. energy: mean x^2, of what can drive the neuron.
     """
 
@@ -73,8 +73,12 @@ def calibration_curve(samples: Float[Tensor, "n channels"], config: NeuronConfig
         choices = torch.where(rms > 0, rms, 1.0)[:, None] * torch.logspace(-1.2, 1.0, 40, device=rms.device)
         cross, square, fired = _staircase_sums(drive, config)(choices)
         energy = drive.double().square().sum(0)[:, None]
-        scales = torch.where(square > 0, cross / (choices * square), 1.0)
-        error = energy - scales * choices * cross
+        # Rounding is unbiased, and its students learn more with the weights they had (docs/lab-log.md); what truncates
+        # more than half of a step is too small by a part of V.
+        scales = torch.ones_like(cross)
+        if config.precharge < 0.5:
+            scales = torch.where(square > 0, cross / (choices * square), 1.0)
+        error = energy - 2 * scales * choices * cross + (scales * choices).square() * square
         blocks.append((choices, scales, error / len(drive), fired / len(drive), energy[:, 0] / len(drive)))
     return Curve(*(torch.cat(parts) for parts in zip(*blocks, strict=True)))
 

@@ -39,7 +39,7 @@ VERBS: dict[str, Callable[..., verbs.Result]] = {
 OVERRIDE = re.compile(r"--(name|teacher|[a-z_]+\.[\w.-]+)(=.*)?", re.DOTALL)
 """A setting of a recipe: its name, its teacher, or anything with a dot in it."""
 
-SPEAKING = ("chat", "generate", "quickstart", "refine", "report")
+SPEAKING = ("chat", "quickstart", "refine", "report")
 """Verbs that say what there is to say while they run."""
 
 
@@ -124,6 +124,8 @@ def _run(arguments: list[str]) -> int:
         print(json.dumps(result, default=str))
     elif options.get("print_config"):
         print(_as_yaml(result), end="")
+    elif verb == "generate":
+        print(result["text"])
     elif verb not in SPEAKING:
         _show(verb, result)
     return 0

@@ -148,7 +148,7 @@ class PackedRows:
         if given < self._world:
             raise ValueError(
                 f"the data gives only {given * length + len(tokens)} tokens, too few for {self._world} x {length}; "
-                "lower data.length or give more text."
+                "give more text or a smaller data.length (of `mar eval` --window)."
             )
 
     def _documents(self, start: _Place) -> Iterator[tuple[_Place, list[int]]]:
@@ -169,8 +169,8 @@ class PackedRows:
                 empty = empty and not kept
             if empty:
                 raise ValueError(
-                    f"{self.config.source} holds no document that is not empty in split {self.config.split!r}; check "
-                    "data.field and data.split."
+                    f"{self.config.source} holds no document that is not empty in split {self.config.split!r}; give "
+                    "text, or in a recipe another data.field or data.split."
                 )
 
     def _encode(self, documents: list[Document]) -> list[list[int]]:

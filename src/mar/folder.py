@@ -25,7 +25,7 @@ from mar.compact import DamagedWeights, compress
 from mar.model import MarForCausalLM
 from mar.quiet import quiet
 from mar.teachers import load_teacher
-from mar.weights import weight_files
+from mar.weights import damaged_files, weight_files
 
 MOST_BYTES = 45_000_000
 """Of one weight file of a compact folder: Git hosts and mail take them so."""
@@ -118,7 +118,7 @@ def load_student(folder: str | Path) -> MarForCausalLM:
                 output_loading_info=True,
             )
     except (SafetensorError, DamagedWeights) as error:
-        names = " or ".join(file.name for file in files)
+        names = damaged_files(files)
         raise ValueError(f"{folder / names} is truncated or damaged ({error}); restore it or refine again.") from error
     except Exception as error:  # a config shows what is wrong with it as errors of several libraries
         problem = " ".join(str(error).split()).rstrip(".")

@@ -105,6 +105,11 @@ class EvaluationSettings:
     tokens: int = 20_000
     window: int = 512
 
+    def __post_init__(self) -> None:
+        for name, least in (("tokens", 1), ("window", 2)):
+            if (value := getattr(self, name)) < least:
+                raise ValueError(f"{name} to measure on is {value}; use at least {least}.")
+
 
 @dataclass
 class StageConfig:

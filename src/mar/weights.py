@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -28,7 +30,21 @@ def weight_files(folder: Path, remedy: str) -> list[Path]:
             f"{folder} holds its weights as a pickle ({pickles[0]}), which can run code when it is read; convert it to "
             "safetensors (load it where you trust it, then `save_pretrained`)."
         )
+    if len(missing) < len(names):
+        raise FileNotFoundError(f"{folder} holds no {missing[0]}, which its {INDEX} names; restore it.")
     raise FileNotFoundError(f"{folder} holds no {missing[0]}; {remedy}.")
+
+
+def damaged_files(files: list[Path]) -> str:
+    """Names of the files that safetensors cannot open; of all of them where it opens each."""
+    broken = []
+    for file in files:
+        try:
+            with safe_open(file, framework="numpy"):
+                pass
+        except SafetensorError:
+            broken.append(file.name)
+    return " or ".join(broken or [file.name for file in files])
 
 
 def _shards(index: Path) -> list[str]:

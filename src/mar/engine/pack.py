@@ -31,7 +31,7 @@ from mar.compact import (
     to_float,
 )
 from mar.engine.layout import PANEL, SLICE, alternate, pack_codes, pack_linear, pack_stream
-from mar.weights import weight_files
+from mar.weights import damaged_files, weight_files
 
 PRECISIONS = ("fp32", "bf16", "int8", "int4")
 TWO_STEP = "int4+int8"
@@ -114,7 +114,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Array], str]:
         else:
             weights = {name: to_float(name, tensor) for raw in raw_weights for name, tensor in deserialize(raw)}
     except (SafetensorError, DamagedWeights) as error:
-        names = " or ".join(file.name for file in files[1:])
+        names = damaged_files(files[1:])
         raise ValueError(f"{folder / names} is truncated or damaged ({error}); restore it.") from error
     return config, weights, _digest(raw_config, *raw_weights)
 

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 EngineName = Literal["torch", "native"]
 Precision = Literal["fp32", "bf16", "int8", "int4"]
 
+MOST_THREADS = 256
+"""As the native engine has it."""
+
 
 def evaluate(
     models: list[Path],
@@ -198,7 +201,6 @@ def generate(
     network, tokenizer = _load(model, engine, precision, threads)
     ids = list(stream(network, prompt_ids(tokenizer, prompt), tokens, temperature, top_p, top_k, seed=seed))
     text = tokenizer.decode(ids, skip_special_tokens=True)
-    print(text, file=sys.stderr)
     return {"text": text, "tokens": len(ids), **_say_usage(network)}
 
 
@@ -273,8 +275,8 @@ def _student(folder: Path, engine: EngineName, precision: Precision | None, thre
 def _set_threads(threads: int | None) -> None:
     import torch
 
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads is {threads}; use at least 1.")
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise ValueError(f"threads is {threads}; use 1 to {MOST_THREADS}.")
     if threads is not None:
         torch.set_num_threads(threads)
 
