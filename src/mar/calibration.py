@@ -23,8 +23,8 @@ CALIBRATION_SAMPLES = {"channel": 1024, "scalar": 2**18}
 class Curve(NamedTuple):
     """Choices of V for each channel, and what they cost: all (channels, choices) but `energy`, (channels,).
 
-    scales: what the output is multiplied by for the least error; 1 for neurons that round. errors: mean (scale * output - x)^2. spikes: mean
-    sum_t |s_t|. energy: mean x^2, of what can drive the neuron.
+    scales: what the output is multiplied by for the least error; 1 for neurons that round. errors: mean
+    (scale * output - x)^2. spikes: mean sum_t |s_t|. energy: mean x^2, of what can drive the neuron.
     """
 
     thresholds: Tensor
