@@ -136,8 +136,12 @@ def test_weights_in_several_files_are_the_same_weights(
         assert set(one) == set(several)
         assert all(np.array_equal(one[name], several[name]) for name in one)
     assert digest(split) == pack.folder_digest(split) == pack.read_folder(split)[2]
+    files[1].write_bytes(files[1].read_bytes()[:-9])
+    for read in (load_student, pack.read_folder):
+        with pytest.raises(ValueError, match=f"split/{files[1].name} is truncated or damaged"):
+            read(split)
     files[1].unlink()
-    with pytest.raises(FileNotFoundError, match=f"holds no {files[1].name}; give a folder that"):
+    with pytest.raises(FileNotFoundError, match=f"holds no {files[1].name}, which its .* names; restore it"):
         load_student(split)
 
 

@@ -132,7 +132,7 @@ def test_a_sharded_checkpoint_is_one_teacher(
     assert same_weights(teacher.model, tiny_llama)
     assert teacher.source["sha256"] == hashlib.sha256(b"".join(shard.read_bytes() for shard in shards)).hexdigest()
     shards[0].unlink()
-    with pytest.raises(FileNotFoundError, match=f"holds no {shards[0].name}; copy or download it"):
+    with pytest.raises(FileNotFoundError, match=f"holds no {shards[0].name}, which its .* names; restore it"):
         load_teacher(tmp_path)
 
 

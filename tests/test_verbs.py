@@ -298,7 +298,7 @@ def test_eval_runs_in_the_precision_asked_for(folders: Folders, tmp_path: Path, 
 def test_generate_ends_where_the_model_does(folders: Folders, capfd: pytest.CaptureFixture[str]) -> None:
     found = verbs.generate(str(folders["dense"]), "Why?", tokens=5, temperature=0.0)
     assert found["tokens"] <= 5
-    assert capfd.readouterr() == ("", f"{found['text']}\n")
+    assert capfd.readouterr() == ("", "")
 
 
 def test_info_counts_what_torch_uses() -> None:

@@ -111,8 +111,12 @@ def main(argv: list[str] | None = None) -> None:
 
 def _run(arguments: list[str]) -> int:
     plain, overrides = _split_overrides(arguments) if arguments[:1] == ["refine"] else (arguments, [])
-    options = vars(build_parser().parse_args([_dashed(argument) for argument in plain]))
+    parser = build_parser()
+    found, unknown = parser.parse_known_args([_dashed(argument) for argument in plain])
+    options = vars(found)
     verb, as_json = options.pop("verb"), options.pop("json")
+    if unknown:
+        parser.exit(2, f"mar {verb}: unrecognized arguments: {' '.join(unknown)}; see `mar {verb} --help`.\n")
     if overrides:
         options["overrides"] = overrides
     # Libraries print where they like; stdout is for the result alone.

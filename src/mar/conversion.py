@@ -290,8 +290,8 @@ def insert_neurons(
 
     neurons: see `mar.config.site_neurons`. batches: rows of token ids; the first `tokens` tokens are used.
     spike_budget: most MAC-weighted spikes per input (r·T) on those tokens, shared out to where they lower the error
-    most (`spend_spikes`), each weight column taking the least-squares factor from its neuron's output to its input;
-    None spends whatever the least error takes and leaves the weights alone.
+    most (`spend_spikes`), each weight column of a neuron that does not round taking the least-squares factor from its
+    output to its input; None spends whatever the least error takes and leaves the weights alone.
     """
     if dense.config.neurons is not None:
         raise ValueError("The model already has neurons; insert them into its dense stage-1 folder instead.")

@@ -40,8 +40,8 @@ class MixerSettings:
 class NeuronSettings:
     """Which neurons go where: a default, the sites, and changes per site (`{down_proj: {time_steps: 16}}`).
 
-    spike_budget: most MAC-weighted spikes per input that calibrated thresholds may spend, weights scaled to fit;
-    None: as least error wants.
+    spike_budget: most MAC-weighted spikes per input that calibrated thresholds may spend, weights scaled to fit where
+    precharge is below 0.5; None: as least error wants.
     """
 
     default: NeuronConfig = field(default_factory=NeuronConfig)

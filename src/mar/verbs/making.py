@@ -69,8 +69,8 @@ def insert(
         surrogate: the backward shape: ste, rectangle, triangle, arctan, sigmoid.
         sites: where neurons go (default: all four).
         per_site: changes at single sites, as in down_proj.time_steps=16
-        spike_budget: most spikes per input (MAC-weighted r·T), spent where they lower the error most; weights
-            are scaled to fit.
+        spike_budget: most spikes per input (MAC-weighted r·T), spent where they lower the error most; with a
+            precharge below 0.5 weights are scaled to fit.
     """
     from mar.config import SITES, NeuronConfig
     from mar.recipe import NeuronSettings, site_changes
