@@ -117,6 +117,34 @@ def test_help_is_quick() -> None:
 
 
 @pytest.mark.parametrize(
+    "arguments",
+    [
+        ("insert", "nowhere", "new", "--text", "x"),
+        ("train", "align", "nowhere", "new", "--teacher", "x", "--text", "x"),
+        ("pack", "nowhere", "new"),
+        ("spikes", "nowhere", "x"),
+        ("eval", "nowhere", "--teacher", "x", "--text", "x"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_folder_that_is_not_there_is_refused_before_torch_is_loaded(tmp_path: Path, arguments: tuple[str]) -> None:
+    code = (
+        f"import sys, mar.cli\ntry: mar.cli.main({list(arguments)})\n"
+        "except SystemExit as end: print(end.code, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "2 False\n"
+    assert done.stderr.startswith("mar: nowhere holds no config.json; give a folder that")
+
+
+def test_a_prompt_after_a_lone_dash_keeps_its_dashes(run: Run) -> None:
+    code, out, _ = run("generate", DENSE, "--tokens", "1", "--json", "--", "--like_this")
+    assert (code, json.loads(out)["tokens"]) == (0, 1)
+    code, _, err = run("generate", "nowhere", "--", "--tokens")
+    assert (code, err.startswith("mar: there is no teacher 'nowhere'")) == (2, True)
+
+
+@pytest.mark.parametrize(
     ("arguments", "problem"),
     [
         ((), "mar: the following arguments are required: VERB; see `mar --help`."),
@@ -128,7 +156,7 @@ def test_help_is_quick() -> None:
         (("refine", "quickstart", "--debgu"), "mar refine: unrecognized arguments: --debgu; see"),
         (("refine", "quickstrat"), "mar: There is no recipe 'quickstrat'; give a YAML file or one of llama-3.2-1b"),
         (("refine", "quickstart", "--stages.align.train.tokens"), "mar: Recipe quickstart: "),
-        (("refine", "quickstart", "--stages.align.train.tokns=3"), "mar: Recipe quickstart: "),
+        (("refine", "quickstart", "--stages.align.train.tokns=3"), "mar: Recipe quickstart: there is no setting"),
         (("refine", "quickstart", "--data.length", "0"), "mar: data.length is 0; it must be at least 1."),
         (("refine", "smollm2-135m"), "mar: Recipe smollm2-135m: the following arguments are required: data.source."),
         (("quickstart", "x", "--minutes", "-3"), "mar: minutes is -3.0; give a number above 0."),

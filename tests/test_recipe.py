@@ -186,7 +186,7 @@ def _plain(recipe: Recipe) -> dict[str, Any]:
         ("stages: {a: {train: {tokens: 5}}}", "required: kind"),
         ("stages: {a: {kind: spike, features: wild}}", "'pre', 'post'.*wild"),
         ("stages: {a: {kind: distill, trained: some}}", "'mixers'.*some"),
-        ("stages: {a: {kind: align, trian: {}}}", r"there is no setting 'stages\.a\.trian'; correct its name, or"),
+        ("stages: {a: {kind: align, trian: {}}}", r"there is no setting 'stages\.a\.trian'; use one of kind, train"),
         ("stages: {a: {kind: align, train: {tokns: {}}}}", r"there is no setting 'stages\.a\.train\.tokns'"),
         ("stages: {}\nmixr: {}", "there is no setting 'mixr'"),
         ("stages: {}\nmixer: {present: {}}", r"there is no setting 'mixer\.present'"),
@@ -199,7 +199,7 @@ def _plain(recipe: Recipe) -> dict[str, Any]:
         ("stages: 3", "stages"),
         ("stages: {}\nmixer: {preset: slow}", r"mixer\.preset.*slow"),
         ("stages: {a: {kind: spike}, b: {kind: align}}", "dense stage after a spiking one; put align"),
-        ("stages: {a: [", "Problems parsing config"),
+        ("stages: {a: [", "is not YAML: while parsing"),
     ],
 )
 def test_what_does_not_fit_is_named_in_one_sentence(tmp_path: Path, text: str, problem: str) -> None:

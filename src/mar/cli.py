@@ -112,7 +112,8 @@ def main(argv: list[str] | None = None) -> None:
 def _run(arguments: list[str]) -> int:
     plain, overrides = _split_overrides(arguments) if arguments[:1] == ["refine"] else (arguments, [])
     parser = build_parser()
-    found, unknown = parser.parse_known_args([_dashed(argument) for argument in plain])
+    end = plain.index("--") if "--" in plain else len(plain)
+    found, unknown = parser.parse_known_args([_dashed(argument) for argument in plain[:end]] + plain[end:])
     options = vars(found)
     verb, as_json = options.pop("verb"), options.pop("json")
     if unknown:

@@ -25,12 +25,10 @@ from mar.compact import DamagedWeights, compress
 from mar.model import MarForCausalLM
 from mar.quiet import quiet
 from mar.teachers import load_teacher
-from mar.weights import damaged_files, weight_files
+from mar.weights import GIVE_A_FOLDER, damaged_files, model_type, read_config, require_mar, weight_files
 
 MOST_BYTES = 45_000_000
 """Of one weight file of a compact folder: Git hosts and mail take them so."""
-
-GIVE_A_FOLDER = "give a folder that `mar refine`, `mar train` or `mar convert` wrote"
 
 
 def save_student(
@@ -103,8 +101,7 @@ def load_student(folder: str | Path) -> MarForCausalLM:
     Raises FileNotFoundError or ValueError, in one sentence, for what is no whole MAR folder with finite weights.
     """
     folder = Path(folder)
-    if (kind := model_type(folder)) != "mar":
-        raise ValueError(f"{folder} holds a {kind!r} model, not a MAR one; convert it first.")
+    require_mar(folder)
     files = weight_files(folder, GIVE_A_FOLDER)
     try:
         with quiet():
@@ -138,22 +135,6 @@ def load_student(folder: str | Path) -> MarForCausalLM:
         if not all(bool(extreme.isfinite()) for extreme in weight.detach().aminmax()):
             raise ValueError(f"{folder} has NaN or infinite elements in {name!r}; restore it or refine again.")
     return student.eval()
-
-
-def model_type(folder: str | Path) -> str | None:
-    """The architecture that config.json names. Raises FileNotFoundError or ValueError where it cannot be read."""
-    return read_config(folder).get("model_type")
-
-
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """config.json as it stands. Raises FileNotFoundError or ValueError where it cannot be read."""
-    file = Path(folder) / "config.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{folder} holds no {file.name}; {GIVE_A_FOLDER}.")
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged ({error}); restore it.") from error
 
 
 def read_provenance(folder: str | Path) -> dict[str, Any]:

@@ -210,6 +210,14 @@ def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
             file = ABLATIONS / "base.yaml"
             rows = yaml.safe_load((ABLATIONS / "rows.yaml").read_text())
             settings = [f"name={name}", *rows[name.removeprefix("ablations/")], *settings]
+    # Before jsonargparse, which names no known keys and passes over an unknown one whose value is an empty mapping.
+    try:
+        mappings = [yaml.safe_load(file.read_text(encoding="utf-8")), *map(_nested, settings)]
+    except yaml.YAMLError as error:
+        raise ValueError(f"Recipe {path} is not YAML: {' '.join(str(error).split())}.") from error
+    for given in mappings:
+        if unknown := _unknown_key(given, Recipe):
+            raise ValueError(f"Recipe {path}: there is no setting {unknown}.")
     parser = recipe_parser()
     parser.exit_on_error = False
     arguments = ["--config", str(file), *(f"--{setting.removeprefix('--')}" for setting in settings)]
@@ -219,10 +227,6 @@ def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         problem = " ".join(str(error).split()).replace("Problem with given class_path 'mar.recipe.StageConfig': ", "")
         raise ValueError(f"Recipe {path}: {problem}.") from error
     values.pop("config")
-    # jsonargparse passes over an unknown key whose value is an empty mapping.
-    for given in (yaml.safe_load(file.read_text()), *map(_nested, settings)):
-        if unknown := _unknown_key(given, Recipe):
-            raise ValueError(f"Recipe {path}: there is no setting {unknown!r}; correct its name, or remove it.")
     return Recipe(**values)
 
 
@@ -236,7 +240,7 @@ def _nested(setting: str) -> Any:
 
 
 def _unknown_key(settings: Any, kind: Any, above: str = "") -> str | None:
-    """The dotted name of the first key in `settings` that has no field in the dataclass that `kind` is or holds."""
+    """The first key in `settings` that has no field in the dataclass that `kind` is or holds, and those it has."""
     if not isinstance(settings, dict):
         return None
     if get_origin(kind) is dict:
@@ -250,7 +254,7 @@ def _unknown_key(settings: Any, kind: Any, above: str = "") -> str | None:
             key, _, rest = str(key).partition(".")  # a file may have dotted names too
             value = {rest: value} if rest else value
         if key not in hints:
-            return f"{above}{key}"
+            return f"{above + key!r}; use one of {', '.join(hints)}"
         if unknown := _unknown_key(value, hints[key], f"{above}{key}."):
             return unknown
     return None

@@ -6,6 +6,7 @@ Does: what the verbs of these names do, and refuse folders that do not fit each 
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 
 from mar.conversion import calibrate_mixers, convert_llama, convert_llamba, insert_neurons
 from mar.data import PackedRows
-from mar.folder import digest, load_student, load_tokenizer, model_type, read_config, read_provenance, save_student
+from mar.folder import digest, load_student, load_tokenizer, read_provenance, save_student
 from mar.layers import input_moments
 from mar.model import MarForCausalLM
 from mar.processes import this_process
@@ -24,6 +25,7 @@ from mar.sources import DataConfig
 from mar.spikes import SpikeMonitor
 from mar.teachers import load_teacher
 from mar.train import train
+from mar.weights import model_type, read_config
 
 OWN_SETTINGS = ("alpha", "beta", "features", "trained", "energy_target")
 """What `mar train` can change of a stage besides its budget, rate and batch."""
@@ -41,6 +43,7 @@ def convert_to_folder(source: str, output: Path, preset: str, init: str, text: s
         student = convert_llama(teacher.model, preset, init)
         tokenizer, origin = teacher.tokenizer, teacher.source
         if text is not None:
+            _say(f"Calibrating mixers on the first rows of {text}.")
             rows = PackedRows(DataConfig(source=text), tokenizer)
             calibrate_mixers(student, teacher.model, next(iter(rows.batches(4))))
     provenance = {"step": "convert", "settings": {"preset": preset, "init": init, "text": text}, "parent": origin}
@@ -56,6 +59,7 @@ def insert_to_folder(
     dense, tokenizer = load_student(model), load_tokenizer(model)
     if dense.config.neurons is not None:
         raise ValueError(f"{model} already has neurons; give the dense folder that it was made from.")
+    _say(f"Calibrating thresholds on {tokens:,} tokens of {text}.")
     rows = PackedRows(DataConfig(source=text), tokenizer, vocab_size=dense.config.vocab_size)
     spiking = insert_neurons(dense, neurons.by_site(), rows.batches(1), tokens, neurons.spike_budget)
     provenance = {
@@ -87,10 +91,12 @@ def pack_to_folder(
     settings: dict[str, Any] = dict(compact)
     moments = None
     if text is not None:
+        _say(f"Running {tokens:,} tokens of {text} through {model}.")
         rows = PackedRows(DataConfig(source=text), tokenizer, vocab_size=student.config.vocab_size)
         moments = input_moments(student, rows.batches(1), tokens)
         settings |= {"text": text, "tokens": tokens}
     provenance = {"step": "pack", "settings": settings, "parent": _source(model), "teacher": _teacher(model)}
+    _say(f"Rounding to {precision}.")
     save_student(student, tokenizer, output, {**provenance, "tokens": 0, "metrics": {}}, compact, moments)
     return sum(file.stat().st_size for file in output.iterdir())
 
@@ -139,6 +145,10 @@ def train_to_folder(stage: StageConfig, student: Path, output: Path, teacher: st
         save_student(model.eval(), tokenizer, output, {**provenance, "tokens": metrics["tokens"], "metrics": metrics})
     process.wait_for_everyone()
     return metrics
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _refuse_taken(output: Path) -> None:

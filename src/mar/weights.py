@@ -1,17 +1,42 @@
-"""The safetensors that hold a model folder's weights: one file, or several that an index names.
+"""A model folder without torch: its config, and the safetensors that hold its weights, one file or several in an index.
 
-Does: find them. Does not: read them, or fetch any from a hub (transformers does).
+Does: read the config, find the files. Does not: read weights, or fetch any from a hub (transformers does).
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+GIVE_A_FOLDER = "give a folder that `mar refine`, `mar train` or `mar convert` wrote"
+
+
+def require_mar(folder: str | Path) -> None:
+    """Raises FileNotFoundError or ValueError, in one sentence, for what has no config.json of a MAR model."""
+    if (kind := model_type(folder)) != "mar":
+        raise ValueError(f"{folder} holds a {kind!r} model, not a MAR one; convert it first.")
+
+
+def model_type(folder: str | Path) -> str | None:
+    """The architecture that config.json names. Raises FileNotFoundError or ValueError where it cannot be read."""
+    return read_config(folder).get("model_type")
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """config.json as it stands. Raises FileNotFoundError or ValueError where it cannot be read."""
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} holds no {file.name}; {GIVE_A_FOLDER}.")
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged ({error}); restore it.") from error
 
 
 def weight_files(folder: Path, remedy: str) -> list[Path]:

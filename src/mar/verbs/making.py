@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+from mar.weights import require_mar
+
 Result = dict[str, Any]
 
 
@@ -72,6 +74,7 @@ def insert(
         spike_budget: most spikes per input (MAC-weighted r·T), spent where they lower the error most; with a
             precharge below 0.5 weights are scaled to fit.
     """
+    require_mar(model)
     from mar.config import SITES, NeuronConfig
     from mar.recipe import NeuronSettings, site_changes
     from mar.steps import insert_to_folder
@@ -153,6 +156,7 @@ def train(
         trained: parameter set, for distill and spike.
         energy_target: MAC-weighted spikes per input to steer to, for spike.
     """
+    require_mar(student)
     from dataclasses import replace
 
     from mar.optimizer import TrainConfig
@@ -190,6 +194,7 @@ def pack(
         text: file or folder of text: linears and head are rounded for what they multiply on it, and less is lost.
         tokens: how much of it.
     """
+    require_mar(model)
     from mar.steps import pack_to_folder
 
     return {"folder": str(output), "bytes": pack_to_folder(model, output, precision, head, text, tokens)}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mar.verbs.making import Result
+from mar.weights import require_mar
 
 if TYPE_CHECKING:
     from mar.spikes import SpikeReport
@@ -55,6 +56,11 @@ def evaluate(
         threads: of the CPU (default: as many as this process may use).
         seed: of items and bootstrap.
     """
+    if text is None and not tasks:
+        raise ValueError("There is nothing to evaluate on; give --text, --tasks or both.")
+    for folder in models:
+        require_mar(folder)
+    _check_threads(threads)
     from mar.evaluate import compare_tasks, run_tasks
     from mar.processes import this_process
     from mar.recipe import EvaluationSettings, Recipe
@@ -62,8 +68,6 @@ def evaluate(
     from mar.sources import DataConfig
     from mar.teachers import load_teacher
 
-    if text is None and not tasks:
-        raise ValueError("There is nothing to evaluate on; give --text, --tasks or both.")
     _set_threads(threads)
     source = load_teacher(teacher)
     students = {str(folder): _student(folder, engine, precision, threads) for folder in models}
@@ -112,9 +116,9 @@ def energy(
     from transformers import AutoConfig
 
     from mar.costs import compare
-    from mar.folder import model_type
     from mar.spikes import SiteRate
     from mar.teachers import load_teacher
+    from mar.weights import model_type
 
     pairs: dict[str, Any] = {}
     labels = {}
@@ -154,6 +158,7 @@ def spikes(model: Path, text: str, /, *, tokens: int = 4096) -> Result:
         text: file or folder of text.
         tokens: how much of it.
     """
+    require_mar(model)
     return _count_spikes(model, text, tokens).to_dict()
 
 
@@ -186,7 +191,7 @@ def generate(
 
     Args:
         model: MAR folder or LLaMA teacher.
-        prompt: text; a chat turn where the tokenizer has a template.
+        prompt: text, after a lone -- if it starts with a dash; a chat turn where the tokenizer has a template.
         tokens: most new tokens.
         temperature: 0 takes the likeliest token.
         top_p: draw among the likeliest tokens that have so much probability together.
@@ -253,10 +258,11 @@ def _load(name: str, engine: EngineName, precision: Precision | None, threads: i
         from mar.adapter import load_engine
 
         return load_engine(name, precision, threads)
-    from mar.folder import load
-
     if precision not in (None, "fp32"):
         raise ValueError(f"precision is {precision!r}, but torch writes in fp32; leave it out or use --engine native.")
+    _check_threads(threads)
+    from mar.folder import load
+
     _set_threads(threads)
     return load(name)
 
@@ -265,20 +271,23 @@ def _student(folder: Path, engine: EngineName, precision: Precision | None, thre
     """A MAR folder's model for `evaluate`."""
     if engine == "native":
         return _load(str(folder), engine, precision, threads)[0]
-    from mar.folder import load_student
-
     if precision in ("int8", "int4"):
         raise ValueError(f"precision is {precision!r}, which torch has not; use fp32, bf16, or --engine native.")
+    from mar.folder import load_student
+
     return load_student(folder)
 
 
 def _set_threads(threads: int | None) -> None:
     import torch
 
-    if threads is not None and not 1 <= threads <= MOST_THREADS:
-        raise ValueError(f"threads is {threads}; use 1 to {MOST_THREADS}.")
     if threads is not None:
         torch.set_num_threads(threads)
+
+
+def _check_threads(threads: int | None) -> None:
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise ValueError(f"threads is {threads}; use 1 to {MOST_THREADS}.")
 
 
 def _say_usage(model: Any) -> dict[str, float]:
