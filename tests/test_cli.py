@@ -180,7 +180,6 @@ def test_a_prompt_after_a_lone_dash_keeps_its_dashes(run: Run) -> None:
         (("eval", DENSE, "--teacher", "smollm2-135m", "--tasks", "chess"), "mar: Unknown task 'chess'; use some of"),
         (("convert", DENSE, "new"), "mar: run/2-distill/config.json says model_type 'mar'; a teacher must be a LLaMA"),
         (("convert", "smollm2-135m", DENSE), "mar: run/2-distill already holds a model; give another folder"),
-        (("insert", SPIKING, "new", "--text", HELD_OUT), f"mar: {SPIKING} already has neurons; give the dense folder"),
         (("insert", DENSE, "new"), "mar insert: the following arguments are required: --text"),
         (("insert", DENSE, "new", "--text", "x", "--sites", "qkv"), "mar insert: argument --sites: invalid choice"),
         (("pack", DENSE, "new", "--precision", "int2"), "mar pack: argument --precision: invalid choice: 'int2'"),

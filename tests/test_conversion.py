@@ -503,6 +503,38 @@ def test_a_budget_of_spikes_is_kept_on_the_text_it_was_set_on():
         insert_neurons(dense, site_neurons(NeuronConfig(tau=2.0)), batches(), spike_budget=1.0)
 
 
+def test_a_spiking_model_takes_other_neurons():
+    """Where what they see is the same, other neurons on a spiking model are those of its dense model, weights too."""
+    dense = mar_model()
+    fine = site_neurons(NeuronConfig(time_steps=64, precharge=0.25), sites=("in_proj", "down_proj"))
+    coarse = insert_neurons(dense, site_neurons(NeuronConfig()), batches(), tokens=96, spike_budget=1.0)
+    again = insert_neurons(coarse, fine, batches(), tokens=96, spike_budget=50.0)
+    straight = insert_neurons(dense, fine, batches(), tokens=96, spike_budget=50.0)
+    assert again.config.neurons == fine
+    assert not any(module._forward_pre_hooks for module in coarse.modules())
+    first, other = again.model.layers[0].mixer, straight.model.layers[0].mixer
+    assert torch.equal(first.in_neuron.a, other.in_neuron.a)
+    assert rms_ratio(first.in_proj.weight, other.in_proj.weight) < 1e-5
+    row = next(iter(batches()))
+    wanted = dense(**row).logits
+    distances = [forward_kl(wanted, model(**row).logits).mean() for model in (coarse, again, straight)]
+    assert distances[1] < 0.2 * distances[0]
+    # Without a budget weights stay as they are, for the new thresholds to be trained with.
+    kept = insert_neurons(coarse, fine, batches())
+    assert torch.equal(kept.model.layers[0].mlp.gate_proj.weight, coarse.model.layers[0].mlp.gate_proj.weight)
+
+
+def test_a_spiking_model_can_do_with_fewer_spikes():
+    neurons = site_neurons(NeuronConfig(time_steps=8, precharge=0.25))
+    model, rates = mar_model(), []
+    for budget in (0.8, 0.3):
+        model = insert_neurons(model, neurons, batches(), tokens=96, spike_budget=budget)
+        with SpikeMonitor(model) as monitor, torch.no_grad():
+            model(**next(iter(batches())))
+        rates.append(monitor.summary().totals.spikes_per_mac)
+    assert rates == pytest.approx([0.8, 0.3], rel=0.3)
+
+
 def test_a_scalar_threshold_per_site():
     spiking = insert_neurons(mar_model(), site_neurons(NeuronConfig(threshold="scalar")), batches())
     thresholds = [neuron.a for _, _, neuron in spiking.neuron_sites()]
@@ -522,15 +554,13 @@ def test_only_as_much_text_is_read_as_calibration_needs():
     assert len(read) == 2
 
 
-def test_inserting_neurons_needs_text_and_a_dense_model():
+def test_inserting_neurons_needs_text():
     neurons = site_neurons(NeuronConfig())
     with pytest.raises(ValueError, match="no text to calibrate thresholds on; give insert_neurons at least one batch"):
         insert_neurons(mar_model(), neurons, [])
     for tokens in (0, -1):
         with pytest.raises(ValueError, match=f"thresholds on are {tokens}; use at least 1"):
             insert_neurons(mar_model(), neurons, [], tokens)
-    with pytest.raises(ValueError, match="already has neurons; insert them into its dense"):
-        insert_neurons(mar_model(neurons=neurons), neurons, batches())
 
 
 def test_activations_that_are_not_finite_name_their_site():

@@ -140,7 +140,6 @@ def test_a_published_llamba_becomes_spiking(
 @pytest.mark.parametrize(
     ("model", "changes", "problem"),
     [
-        ("spiking", {}, r"spiking already has neurons; give the dense folder that it was made from"),
         ("dense", {"text": "missing.txt"}, r"there is no 'missing\.txt'; give a file"),
         ("dense", {"per_site": ["attention.tau=2"]}, r"site is 'attention'; use one of 'in_proj'"),
         ("dense", {"sites": ["in_proj"], "per_site": ["out_proj.tau=2"]}, r"'out_proj', which is not among the placed"),

@@ -1,4 +1,4 @@
-"""Checkpoints in, MAR models out: LLaMA attention to mixers, Llamba checkpoints, dense models to spiking ones.
+"""Checkpoints in, MAR models out: LLaMA attention to mixers, Llamba checkpoints, models to spiking ones.
 
 Does: map weights and calibrate neuron thresholds from data. Does not: train anything, or find teachers (mar.teachers).
 """
@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 
 from mar import kernels
 from mar.calibration import calibrate_threshold, calibration_curve, spend_spikes
-from mar.config import MIXER_PRESETS, MarConfig
-from mar.layers import llama_layers
+from mar.config import MIXER_PRESETS, SITES, MarConfig
+from mar.layers import NEURON_PLACES, llama_layers
 from mar.model import MarForCausalLM
-from mar.neurons import fold_threshold
+from mar.neurons import Neuron, fold_threshold
 
 MIXER_CHOICES = ("input_gain", "bc_norm", "decay_bias", "conv_kernel", "chunk_size")
 """Fields of MarConfig that a LLaMA checkpoint leaves open."""
@@ -280,65 +280,79 @@ def _llamba_config(source: dict[str, Any]) -> MarConfig:
 
 @torch.no_grad()
 def insert_neurons(
-    dense: MarForCausalLM,
+    model: MarForCausalLM,
     neurons: dict[str, dict[str, Any]],
     batches: Iterable[dict[str, Tensor]],
     tokens: int = CALIBRATION_TOKENS,
     spike_budget: float | None = None,
 ) -> MarForCausalLM:
-    """A spiking copy of a dense MAR model, thresholds set to least squared error on the dense model's own activations.
+    """A spiking copy of a MAR model, thresholds set to least squared error on the model's own activations.
+
+    A model that is spiking already gets these neurons in place of its own: other codes, or fewer spikes.
 
     neurons: see `mar.config.site_neurons`. batches: rows of token ids; the first `tokens` tokens are used.
     spike_budget: most MAC-weighted spikes per input (r·T) on those tokens, shared out to where they lower the error
     most (`spend_spikes`), each weight column of a neuron that does not round taking the least-squares factor from its
     output to its input; None spends whatever the least error takes and leaves the weights alone.
     """
-    if dense.config.neurons is not None:
-        raise ValueError("The model already has neurons; insert them into its dense stage-1 folder instead.")
     if tokens < 1:
         raise ValueError(f"The tokens to calibrate thresholds on are {tokens}; use at least 1.")
-    config = MarConfig(**{**dense.config.to_dict(), "neurons": neurons})
-    spiking = MarForCausalLM(config).to(dense.device)  # type: ignore[arg-type]
-    spiking.load_state_dict(dense.state_dict(), strict=False)
-    samples = _site_inputs(dense, spiking, batches, tokens)
-    curves, weights = [], []
+    config = MarConfig(**{**model.config.to_dict(), "neurons": neurons})
+    spiking = MarForCausalLM(config).to(model.device)  # type: ignore[arg-type]
+    thresholds = {id(neuron.a) for _, _, neuron in model.neuron_sites()}
+    weights = {name: weight for name, weight in model.named_parameters() if id(weight) not in thresholds}
+    spiking.load_state_dict(weights, strict=False)
+    samples = _site_inputs(model, batches, tokens)
+    if spike_budget is not None:  # weights then stand for the inputs themselves, as those of a dense model do
+        for layer, site, old in model.neuron_sites():
+            for linear in spiking.neuron_linears(layer, site):
+                linear.weight.div_(_scale(old, samples[layer, site]))
+    curves, columns = [], []
     for layer, site, neuron in spiking.neuron_sites():
-        current = torch.cat(samples.pop((layer, site)))[:tokens].float()
+        current = samples.pop((layer, site))
         try:
             if spike_budget is None:
                 neuron.a.copy_(calibrate_threshold(current, neuron.config))
             else:
                 curves.append(calibration_curve(current, neuron.config))
-                weights.append([linear.weight for linear in spiking.neuron_linears(layer, site)])
+                columns.append([linear.weight for linear in spiking.neuron_linears(layer, site)])
         except ValueError as error:
             raise ValueError(f"Calibrating the neuron of layer {layer}, site {site}: {error}") from error
     if spike_budget is not None:
-        chosen = spend_spikes(curves, weights, spike_budget)
-        for (_, _, neuron), spent, linears in zip(spiking.neuron_sites(), chosen, weights, strict=True):
+        chosen = spend_spikes(curves, columns, spike_budget)
+        for (_, _, neuron), spent, linears in zip(spiking.neuron_sites(), chosen, columns, strict=True):
             neuron.a.copy_(spent.threshold.log())
             for weight in linears:
                 weight.mul_(spent.scale)
-    spiking.generation_config = dense.generation_config
+    spiking.generation_config = model.generation_config
     return spiking.eval()
 
 
+def _scale(neuron: Neuron, current: Tensor) -> Tensor:
+    """The factor (channels,) of least squares from a neuron's output to its input; 1 where it rounds or is silent."""
+    output = neuron(current.float()).double()
+    square = output.square().sum(0)
+    if neuron.config.precharge >= 0.5:
+        return torch.ones_like(square)
+    return torch.where(square > 0, (output * current).sum(0) / square, 1.0)
+
+
 def _site_inputs(
-    dense: MarForCausalLM, spiking: MarForCausalLM, batches: Iterable[dict[str, Tensor]], tokens: int
-) -> dict[tuple[int, str], list[Tensor]]:
-    """What each future neuron will see, (tokens, channels) per layer and site, from the dense model's linears."""
+    model: MarForCausalLM, batches: Iterable[dict[str, Tensor]], tokens: int
+) -> dict[tuple[int, str], Tensor]:
+    """What a neuron at each layer and site sees, (tokens, channels) in bf16, whether there is one yet or not."""
     samples: dict[tuple[int, str], list[Tensor]] = {}
     handles = []
-    for layer, site, _ in spiking.neuron_sites():
-        kept = samples.setdefault((layer, site), [])
-        # in_proj's weight is used directly, without its module being called: its neuron's place is hooked instead.
-        block: Any = dense.model.layers[layer]
-        place: nn.Module = block.mixer.in_neuron if site == "in_proj" else dense.neuron_linears(layer, site)[0]
-        handles.append(place.register_forward_pre_hook(_keep(kept)))
+    for layer in range(len(model.model.layers)):
+        for site, place in zip(SITES, NEURON_PLACES, strict=True):
+            kept = samples.setdefault((layer, site), [])
+            module = model.get_submodule(f"model.layers.{layer}.{place}")
+            handles.append(module.register_forward_pre_hook(_keep(kept)))
     seen = 0
     try:
         for rows in batches:
-            batch = {name: tensor.to(dense.device) for name, tensor in rows.items()}
-            dense.model(input_ids=batch["input_ids"], document_ids=batch.get("document_ids"), use_cache=False)
+            batch = {name: tensor.to(model.device) for name, tensor in rows.items()}
+            model.model(input_ids=batch["input_ids"], document_ids=batch.get("document_ids"), use_cache=False)
             seen += batch["input_ids"].numel()
             if seen >= tokens:
                 break
@@ -347,7 +361,7 @@ def _site_inputs(
             handle.remove()
     if not seen:
         raise ValueError("There is no text to calibrate thresholds on; give insert_neurons at least one batch of rows.")
-    return samples
+    return {place: torch.cat(kept)[:tokens] for place, kept in samples.items()}
 
 
 def _keep(samples: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor]], None]:

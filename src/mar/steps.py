@@ -54,14 +54,12 @@ def convert_to_folder(source: str, output: Path, preset: str, init: str, text: s
 def insert_to_folder(
     model: Path, output: Path, neurons: NeuronSettings, text: str, tokens: int
 ) -> tuple[MarForCausalLM, dict[str, float]]:
-    """The spiking student of a dense MAR folder, written to `output`, and its rates on a row; see `mar insert`."""
+    """The spiking student of a MAR folder, written to `output`, and its rates on a row; see `mar insert`."""
     _refuse_taken(output)
-    dense, tokenizer = load_student(model), load_tokenizer(model)
-    if dense.config.neurons is not None:
-        raise ValueError(f"{model} already has neurons; give the dense folder that it was made from.")
+    student, tokenizer = load_student(model), load_tokenizer(model)
     _say(f"Calibrating thresholds on {tokens:,} tokens of {text}.")
-    rows = PackedRows(DataConfig(source=text), tokenizer, vocab_size=dense.config.vocab_size)
-    spiking = insert_neurons(dense, neurons.by_site(), rows.batches(1), tokens, neurons.spike_budget)
+    rows = PackedRows(DataConfig(source=text), tokenizer, vocab_size=student.config.vocab_size)
+    spiking = insert_neurons(student, neurons.by_site(), rows.batches(1), tokens, neurons.spike_budget)
     provenance = {
         "step": "insert_neurons",
         "settings": {**asdict(neurons), "text": text, "tokens": tokens},

@@ -55,10 +55,10 @@ def insert(
     per_site: list[str] | None = None,
     spike_budget: float | None = None,
 ) -> Result:
-    """Turn a dense MAR folder into a spiking one, calibrated on a text; trains nothing.
+    """Turn a MAR folder into a spiking one, or give a spiking one other neurons, calibrated on a text; trains nothing.
 
     Args:
-        model: dense MAR folder.
+        model: MAR folder.
         output: folder to write, a new one.
         text: file or folder of text.
         tokens: how much of it.
