@@ -29,8 +29,9 @@ import torch
 
 from mar.census import COMPONENTS, census
 from mar.config import MarConfig, site_neurons
-from mar.conversion import calibrate_mixers, convert_llama, insert_neurons
+from mar.conversion import calibrate_mixers, convert_llama
 from mar.data import PackedRows, write_documents
+from mar.insertion import insert_neurons
 from mar.model import MarForCausalLM
 from mar.optimizer import TrainConfig
 from mar.recipe import SPIKING, StageConfig, read_recipe

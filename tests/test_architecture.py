@@ -30,7 +30,7 @@ FLOORS = (
     },
     {"engine", "mixer", "neurons"},
     {"calibration", "model"},
-    {"conversion", "layers", "losses", "spikes", "teachers"},
+    {"conversion", "insertion", "layers", "losses", "spikes", "teachers"},
     {"census", "data", "folder", "optimizer", "prompts", "recipe", "sources", "stages", "tasks", "trainlog"},
     {"adapter", "costs", "evaluate", "generate", "quickstart", "refinement", "report", "results", "steps", "train"},
     {"verbs"},

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mar.config import NeuronConfig, site_neurons
-from mar.conversion import calibrate_mixers, convert_llama, insert_neurons
+from mar.conversion import calibrate_mixers, convert_llama
+from mar.insertion import insert_neurons
 from mar.layers import last_hidden, llama_layers, mar_layers
 from mar.losses import bidirectional_kl, forward_kl, relative_mse, reverse_kl
 from mar.model import MarForCausalLM

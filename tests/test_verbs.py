@@ -18,10 +18,11 @@ from mar import verbs
 from mar.census import census
 from mar.cli import VERBS
 from mar.config import SITES, NeuronConfig, site_neurons
-from mar.conversion import LLAMBA_LAYER_NAMES, LLAMBA_NAMES, convert_llama, insert_neurons
+from mar.conversion import LLAMBA_LAYER_NAMES, LLAMBA_NAMES, convert_llama
 from mar.costs import cost
 from mar.data import PackedRows
-from mar.folder import digest, load_student, save_student
+from mar.folder import digest, load_student, load_tokenizer, save_student
+from mar.insertion import insert_neurons, move_neurons
 from mar.results import spike_rates
 from mar.sources import DataConfig
 from mar.spikes import SiteRate, SpikeMonitor
@@ -118,6 +119,18 @@ def test_insert_does_what_the_recipe_s_settings_do(folders: Folders, teacher: Te
     assert kept["settings"]["per_site"]["down_proj"] == {"time_steps": 16, "precharge": 0.0}
     assert (kept["settings"]["text"], kept["settings"]["tokens"]) == (text, 700)
     train(folders | {"spiking": tmp_path / "spiking"}, tmp_path / "trained", "spike", teacher=folders["dense"])
+
+
+def test_insert_moves_the_neurons_of_a_spiking_folder(folders: Folders, tmp_path: Path) -> None:
+    text = str(folders["text"])
+    found = verbs.insert(folders["spiking"], tmp_path / "moved", text=text, tokens=200, time_steps=8, spike_budget=0.3)
+    old, moved = load_student(folders["spiking"]), load_student(tmp_path / "moved")
+    rows = PackedRows(DataConfig(text), load_tokenizer(folders["spiking"]))
+    expected = move_neurons(old, site_neurons(NeuronConfig(time_steps=8)), rows.batches(1), 200, 0.3)
+    assert all(tensor.equal(expected.state_dict()[name]) for name, tensor in moved.state_dict().items())
+    assert found["spikes_per_mac"] < 0.5
+    kept = provenance(tmp_path / "moved")
+    assert (kept["step"], kept["parent"]["sha256"]) == ("move_neurons", digest(folders["spiking"]))
 
 
 def test_insert_has_the_settings_and_defaults_of_neurons() -> None:

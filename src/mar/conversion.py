@@ -1,33 +1,28 @@
-"""Checkpoints in, MAR models out: LLaMA attention to mixers, Llamba checkpoints, models to spiking ones.
+"""Checkpoints in, dense MAR models out: LLaMA attention to mixers, Llamba checkpoints.
 
-Does: map weights and calibrate neuron thresholds from data. Does not: train anything, or find teachers (mar.teachers).
+Does: map weights, calibrate mixers on data. Does not: train anything, find teachers (mar.teachers), or insert neurons
+(mar.insertion).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from mar import kernels
-from mar.calibration import calibrate_threshold, calibration_curve, spend_spikes
-from mar.config import MIXER_PRESETS, SITES, MarConfig
-from mar.layers import NEURON_PLACES, llama_layers
+from mar.config import MIXER_PRESETS, MarConfig
+from mar.layers import llama_layers
 from mar.model import MarForCausalLM
-from mar.neurons import Neuron, fold_threshold
 
 MIXER_CHOICES = ("input_gain", "bc_norm", "decay_bias", "conv_kernel", "chunk_size")
 """Fields of MarConfig that a LLaMA checkpoint leaves open."""
-
-CALIBRATION_TOKENS = 4096
-"""Tokens that threshold calibration looks at per site; the least-error threshold moves little beyond a few thousand."""
 
 
 @torch.no_grad()
@@ -276,107 +271,3 @@ def _llamba_config(source: dict[str, Any]) -> MarConfig:
         )
     except KeyError as error:
         raise ValueError(f"The Llamba config.json has no {error.args[0]!r}, which says the model's shape.") from error
-
-
-@torch.no_grad()
-def insert_neurons(
-    model: MarForCausalLM,
-    neurons: dict[str, dict[str, Any]],
-    batches: Iterable[dict[str, Tensor]],
-    tokens: int = CALIBRATION_TOKENS,
-    spike_budget: float | None = None,
-) -> MarForCausalLM:
-    """A spiking copy of a MAR model, thresholds set to least squared error on the model's own activations.
-
-    A model that is spiking already gets these neurons in place of its own: other codes, or fewer spikes.
-
-    neurons: see `mar.config.site_neurons`. batches: rows of token ids; the first `tokens` tokens are used.
-    spike_budget: most MAC-weighted spikes per input (r·T) on those tokens, shared out to where they lower the error
-    most (`spend_spikes`), each weight column of a neuron that does not round taking the least-squares factor from its
-    output to its input; None spends whatever the least error takes and leaves the weights alone.
-    """
-    if tokens < 1:
-        raise ValueError(f"The tokens to calibrate thresholds on are {tokens}; use at least 1.")
-    config = MarConfig(**{**model.config.to_dict(), "neurons": neurons})
-    spiking = MarForCausalLM(config).to(model.device)  # type: ignore[arg-type]
-    thresholds = {id(neuron.a) for _, _, neuron in model.neuron_sites()}
-    weights = {name: weight for name, weight in model.named_parameters() if id(weight) not in thresholds}
-    spiking.load_state_dict(weights, strict=False)
-    samples = _site_inputs(model, batches, tokens)
-    if spike_budget is not None:  # weights then stand for the inputs themselves, as those of a dense model do
-        for layer, site, old in model.neuron_sites():
-            for linear in spiking.neuron_linears(layer, site):
-                linear.weight.div_(_scale(old, samples[layer, site]))
-    curves, columns = [], []
-    for layer, site, neuron in spiking.neuron_sites():
-        current = samples.pop((layer, site))
-        try:
-            if spike_budget is None:
-                neuron.a.copy_(calibrate_threshold(current, neuron.config))
-            else:
-                curves.append(calibration_curve(current, neuron.config))
-                columns.append([linear.weight for linear in spiking.neuron_linears(layer, site)])
-        except ValueError as error:
-            raise ValueError(f"Calibrating the neuron of layer {layer}, site {site}: {error}") from error
-    if spike_budget is not None:
-        chosen = spend_spikes(curves, columns, spike_budget)
-        for (_, _, neuron), spent, linears in zip(spiking.neuron_sites(), chosen, columns, strict=True):
-            neuron.a.copy_(spent.threshold.log())
-            for weight in linears:
-                weight.mul_(spent.scale)
-    spiking.generation_config = model.generation_config
-    return spiking.eval()
-
-
-def _scale(neuron: Neuron, current: Tensor) -> Tensor:
-    """The factor (channels,) of least squares from a neuron's output to its input; 1 where it rounds or is silent."""
-    output = neuron(current.float()).double()
-    square = output.square().sum(0)
-    if neuron.config.precharge >= 0.5:
-        return torch.ones_like(square)
-    return torch.where(square > 0, (output * current).sum(0) / square, 1.0)
-
-
-def _site_inputs(
-    model: MarForCausalLM, batches: Iterable[dict[str, Tensor]], tokens: int
-) -> dict[tuple[int, str], Tensor]:
-    """What a neuron at each layer and site sees, (tokens, channels) in bf16, whether there is one yet or not."""
-    samples: dict[tuple[int, str], list[Tensor]] = {}
-    handles = []
-    for layer in range(len(model.model.layers)):
-        for site, place in zip(SITES, NEURON_PLACES, strict=True):
-            kept = samples.setdefault((layer, site), [])
-            module = model.get_submodule(f"model.layers.{layer}.{place}")
-            handles.append(module.register_forward_pre_hook(_keep(kept)))
-    seen = 0
-    try:
-        for rows in batches:
-            batch = {name: tensor.to(model.device) for name, tensor in rows.items()}
-            model.model(input_ids=batch["input_ids"], document_ids=batch.get("document_ids"), use_cache=False)
-            seen += batch["input_ids"].numel()
-            if seen >= tokens:
-                break
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not seen:
-        raise ValueError("There is no text to calibrate thresholds on; give insert_neurons at least one batch of rows.")
-    return {place: torch.cat(kept)[:tokens] for place, kept in samples.items()}
-
-
-def _keep(samples: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor]], None]:
-    return lambda _, args: samples.append(args[0].flatten(0, 1).bfloat16())
-
-
-@torch.no_grad()
-def fold_thresholds(model: MarForCausalLM) -> dict[str, Tensor]:
-    """Weights that take integer codes: for each linear behind a neuron, W diag(scale), by the weight's name (eq. 4).
-
-    folded @ code equals weight @ neuron(current) up to rounding; runtimes that skip silent inputs read these.
-    """
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    folded = {}
-    for layer, site, neuron in model.neuron_sites():
-        for linear in model.neuron_linears(layer, site):
-            folded[names[id(linear.weight)]] = fold_threshold(linear.weight, neuron.scale)
-    return folded

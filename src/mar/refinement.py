@@ -19,10 +19,11 @@ from typing import Any
 import torch
 
 from mar.checkpoint import explain_disk_full
-from mar.conversion import calibrate_mixers, convert_llama, insert_neurons
+from mar.conversion import calibrate_mixers, convert_llama
 from mar.data import PackedRows, read_meta, write_documents
 from mar.folder import digest, load_student, read_provenance, save_student
 from mar.generate import write_text
+from mar.insertion import insert_neurons
 from mar.model import MarForCausalLM
 from mar.objective import Objective
 from mar.processes import this_process

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from mar.conversion import calibrate_mixers, convert_llama, convert_llamba, insert_neurons
+from mar.conversion import calibrate_mixers, convert_llama, convert_llamba
 from mar.data import PackedRows
 from mar.folder import digest, load_student, load_tokenizer, read_provenance, save_student
+from mar.insertion import insert_neurons, move_neurons
 from mar.layers import input_moments
 from mar.model import MarForCausalLM
 from mar.processes import this_process
@@ -57,11 +58,12 @@ def insert_to_folder(
     """The spiking student of a MAR folder, written to `output`, and its rates on a row; see `mar insert`."""
     _refuse_taken(output)
     student, tokenizer = load_student(model), load_tokenizer(model)
-    _say(f"Calibrating thresholds on {tokens:,} tokens of {text}.")
+    _say(f"Setting thresholds on {tokens:,} tokens of {text}.")
     rows = PackedRows(DataConfig(source=text), tokenizer, vocab_size=student.config.vocab_size)
-    spiking = insert_neurons(student, neurons.by_site(), rows.batches(1), tokens, neurons.spike_budget)
+    step = insert_neurons if student.config.neurons is None else move_neurons
+    spiking = step(student, neurons.by_site(), rows.batches(1), tokens, neurons.spike_budget)
     provenance = {
-        "step": "insert_neurons",
+        "step": step.__name__,
         "settings": {**asdict(neurons), "text": text, "tokens": tokens},
         "parent": _source(model),
         "teacher": _teacher(model),

@@ -55,7 +55,7 @@ def insert(
     per_site: list[str] | None = None,
     spike_budget: float | None = None,
 ) -> Result:
-    """Turn a MAR folder into a spiking one, or give a spiking one other neurons, calibrated on a text; trains nothing.
+    """Turn a dense MAR folder into a spiking one, or move a spiking one to other codes, by a text; trains nothing.
 
     Args:
         model: MAR folder.
@@ -72,7 +72,7 @@ def insert(
         sites: where neurons go (default: all four).
         per_site: changes at single sites, as in down_proj.time_steps=16
         spike_budget: most spikes per input (MAC-weighted r·T), spent where they lower the error most; with a
-            precharge below 0.5 weights are scaled to fit.
+            precharge below 0.5 weights are scaled to fit. A spiking folder's thresholds rise by one factor.
     """
     require_mar(model)
     from mar.config import SITES, NeuronConfig
