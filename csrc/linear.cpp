@@ -53,6 +53,18 @@ void Listing::reserve(int inputs, int outputs, int threads) {
   sums_.resize(outputs);
 }
 
+// These are functions, and the sums above locals, because bytes may alias anything: what is stored or read again in each
+// turn of a loop keeps compilers from using vectors.
+static int count_nonzero(const std::int8_t* codes, int count) {
+  int nonzero = 0;
+  for (int i = 0; i < count; ++i) nonzero += codes[i] != 0;
+  return nonzero;
+}
+
+static void multiply_codes(std::int8_t* __restrict codes, const std::int8_t* __restrict by, int count) {
+  for (int i = 0; i < count; ++i) codes[i] = static_cast<std::int8_t>(codes[i] * by[i]);
+}
+
 void Listing::list(const Kernels& k, const Site& site, const float* x, int begin, int end, const std::int8_t* given,
                    std::int8_t* taken) {
   const Linear& linear = site.linear;
@@ -72,15 +84,14 @@ void Listing::list(const Kernels& k, const Site& site, const float* x, int begin
     k.encode(x + begin, site.threshold + begin, end - begin, site.encoder, codes + begin);
     if (taken) std::copy(codes + begin, codes + end, taken + begin);
     if (given) std::copy(given + begin, given + end, codes + begin);
-    for (int i = begin; i < end; ++i) {
-      spikes_ += std::abs(codes[i]);
-      nonzero_ += codes[i] != 0;
-    }
-    if (site.multiplier)
-      for (int i = begin; i < end; ++i) codes[i] = static_cast<std::int8_t>(codes[i] * site.multiplier[i]);
+    int spikes = 0;
+    for (int i = begin; i < end; ++i) spikes += std::abs(codes[i]);
+    spikes_ = spikes;
+    nonzero_ = count_nonzero(codes + begin, end - begin);
+    if (site.multiplier) multiply_codes(codes + begin, site.multiplier + begin, end - begin);
   } else {
     token_scale_ = k.quantise(x, linear.inputs, codes);
-    for (int i = begin; i < end; ++i) nonzero_ += codes[i] != 0;
+    nonzero_ = count_nonzero(codes + begin, end - begin);
   }
   list_codes(linear, codes, begin, end, nonzero_, false);
 }
@@ -98,8 +109,10 @@ void Listing::list_codes(const Linear& linear, const std::int8_t* codes, int beg
     std::copy(codes + begin, codes + end, listed_.data() + begin - first);
     group_sums_.resize(piece_.groups);
     for (int g = 0; g < piece_.groups; ++g) {
-      group_sums_[g] = 0;
-      for (int i = 0; i < kGroup; ++i) group_sums_[g] += listed_[g * kGroup + i];
+      const std::int8_t* of_group = listed_.data() + g * kGroup;
+      int total = 0;
+      for (int i = 0; i < kGroup; ++i) total += of_group[i];
+      group_sums_[g] = total;
     }
     rows_ = {nullptr, listed_.data(), nullptr, end - begin};
     return;
