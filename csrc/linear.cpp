@@ -11,6 +11,18 @@ namespace {
 // speed then, several share it (benchmarks/event_linear.py).
 constexpr double kMostAlone = 0.33, kMostOfSeveral = 0.45;
 
+// Bytes may alias anything, and what is stored or read again in each turn of a loop keeps compilers from using vectors:
+// sums over codes are locals, and products say that they alias nothing.
+int count_nonzero(const std::int8_t* codes, int count) {
+  int nonzero = 0;
+  for (int i = 0; i < count; ++i) nonzero += codes[i] != 0;
+  return nonzero;
+}
+
+void multiply_codes(std::int8_t* __restrict codes, const std::int8_t* __restrict by, int count) {
+  for (int i = 0; i < count; ++i) codes[i] = static_cast<std::int8_t>(codes[i] * by[i]);
+}
+
 }  // namespace
 
 std::size_t Linear::slice_bytes() const {
@@ -51,18 +63,6 @@ void Listing::reserve(int inputs, int outputs, int threads) {
   values_.resize(most);
   codes_.resize(inputs);
   sums_.resize(outputs);
-}
-
-// These are functions, and the sums above locals, because bytes may alias anything: what is stored or read again in each
-// turn of a loop keeps compilers from using vectors.
-static int count_nonzero(const std::int8_t* codes, int count) {
-  int nonzero = 0;
-  for (int i = 0; i < count; ++i) nonzero += codes[i] != 0;
-  return nonzero;
-}
-
-static void multiply_codes(std::int8_t* __restrict codes, const std::int8_t* __restrict by, int count) {
-  for (int i = 0; i < count; ++i) codes[i] = static_cast<std::int8_t>(codes[i] * by[i]);
 }
 
 void Listing::list(const Kernels& k, const Site& site, const float* x, int begin, int end, const std::int8_t* given,

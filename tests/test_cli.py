@@ -121,6 +121,7 @@ def test_help_is_quick() -> None:
     [
         ("insert", "nowhere", "new", "--text", "x"),
         ("train", "align", "nowhere", "new", "--teacher", "x", "--text", "x"),
+        ("retune", "nowhere", "new", "--text", "x"),
         ("pack", "nowhere", "new"),
         ("spikes", "nowhere", "x"),
         ("eval", "nowhere", "--teacher", "x", "--text", "x"),
@@ -137,11 +138,17 @@ def test_a_folder_that_is_not_there_is_refused_before_torch_is_loaded(tmp_path: 
     assert done.stderr.startswith("mar: nowhere holds no config.json; give a folder that")
 
 
-def test_a_prompt_after_a_lone_dash_keeps_its_dashes(run: Run) -> None:
-    code, out, _ = run("generate", DENSE, "--tokens", "1", "--json", "--", "--like_this")
-    assert (code, json.loads(out)["tokens"]) == (0, 1)
-    code, _, err = run("generate", "nowhere", "--", "--tokens")
-    assert (code, err.startswith("mar: there is no teacher 'nowhere'")) == (2, True)
+def test_a_prompt_after_a_lone_dash_is_taken_as_it_is(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def say(prompt: str, /) -> dict[str, str]:
+        """Say it.
+
+        Args:
+            prompt: what.
+        """
+        return {"text": prompt}
+
+    monkeypatch.setitem(VERBS, "generate", say)
+    assert run("generate", "--", "--like_this")[:2] == (0, "--like_this\n")
 
 
 @pytest.mark.parametrize(
@@ -180,6 +187,11 @@ def test_a_prompt_after_a_lone_dash_keeps_its_dashes(run: Run) -> None:
         (("eval", DENSE, "--teacher", "smollm2-135m", "--tasks", "chess"), "mar: Unknown task 'chess'; use some of"),
         (("convert", DENSE, "new"), "mar: run/2-distill/config.json says model_type 'mar'; a teacher must be a LLaMA"),
         (("convert", "smollm2-135m", DENSE), "mar: run/2-distill already holds a model; give another folder"),
+        (
+            ("insert", SPIKING, "new", "--text", HELD_OUT),
+            f"mar: {SPIKING} already has neurons; change them with",
+        ),
+        (("retune", DENSE, "new", "--text", HELD_OUT), "mar: The model has no neurons to retune; insert some first."),
         (("insert", DENSE, "new"), "mar insert: the following arguments are required: --text"),
         (("insert", DENSE, "new", "--text", "x", "--sites", "qkv"), "mar insert: argument --sites: invalid choice"),
         (("pack", DENSE, "new", "--precision", "int2"), "mar pack: argument --precision: invalid choice: 'int2'"),

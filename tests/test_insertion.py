@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mar.config import SITES, NeuronConfig, site_neurons
 from mar.conversion import calibrate_mixers, convert_llama
-from mar.insertion import fold_thresholds, insert_neurons, move_neurons
+from mar.insertion import fold_thresholds, insert_neurons, retune_neurons
 from mar.layers import captured
 from mar.losses import forward_kl
 from mar.model import MarForCausalLM
@@ -128,12 +128,12 @@ def test_only_as_much_text_is_read_as_calibration_needs():
 
 def test_inserting_neurons_needs_text_and_a_dense_model():
     neurons = site_neurons(NeuronConfig())
-    with pytest.raises(ValueError, match="no text to calibrate thresholds on; give insert_neurons at least one batch"):
+    with pytest.raises(ValueError, match="no text to calibrate thresholds on; give at least one batch"):
         insert_neurons(mar_model(), neurons, [])
     for tokens in (0, -1):
         with pytest.raises(ValueError, match=f"thresholds on are {tokens}; use at least 1"):
             insert_neurons(mar_model(), neurons, [], tokens)
-    with pytest.raises(ValueError, match="already has neurons; `move_neurons` gives it others"):
+    with pytest.raises(ValueError, match="already has neurons; use `retune_neurons`, or insert"):
         insert_neurons(mar_model(neurons=neurons), neurons, batches())
 
 
@@ -142,6 +142,10 @@ def test_activations_that_are_not_finite_name_their_site():
     dense.model.layers[1].mlp.up_proj.weight.data[3, 4] = torch.nan
     with pytest.raises(ValueError, match=r"neuron of layer 1, site down_proj: .*not finite"):
         insert_neurons(dense, site_neurons(NeuronConfig()), batches())
+    spiking = spiking_model()
+    spiking.model.layers[1].mlp.up_proj.weight.data[3, 4] = torch.inf
+    with pytest.raises(ValueError, match=r"neuron of layer 1, site down_proj: .*not finite"):
+        retune_neurons(spiking, {}, batches())
 
 
 EIGHT = NeuronConfig(time_steps=8, precharge=0.25)
@@ -157,29 +161,38 @@ def spikes_per_mac(model: MarForCausalLM) -> float:
     return monitor.summary().totals.spikes_per_mac
 
 
-def test_neurons_moved_to_where_they_are_leave_a_model_as_it_is():
+def first_input(model: MarForCausalLM) -> Tensor:
+    """What the neurons before layer 0's in_proj see, whatever these are."""
+    with captured([model.model.layers[0].mixer.in_neuron], inputs=True) as inputs, torch.no_grad():
+        model(**next(iter(batches())))
+    return inputs[0].detach()
+
+
+@pytest.mark.parametrize("budget", [None, 10.0])
+def test_neurons_retuned_to_what_they_are_leave_a_model_as_it_is(budget):
     model = spiking_model()
-    moved = move_neurons(model, model.config.neurons, batches(), spike_budget=10.0)
-    assert moved is not model
-    for (name, new), (_, old) in zip(moved.named_parameters(), model.named_parameters(), strict=True):
+    tuned = retune_neurons(model, {}, batches(), spike_budget=budget)
+    assert tuned is not model
+    assert tuned.config.to_dict() == model.config.to_dict()
+    for (name, new), (_, old) in zip(tuned.named_parameters(), model.named_parameters(), strict=True):
         assert torch.equal(new, old), name
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+@pytest.mark.parametrize("kind", ["atmn", "binary"])
 @pytest.mark.parametrize("threshold", ["channel", "scalar"])
-def test_moved_neurons_fire_where_they_did_and_weights_keep_what_they_stood_for(threshold):
-    model = spiking_model(NeuronConfig(time_steps=8, precharge=0.5, threshold=threshold), ("in_proj", "down_proj"))
+def test_retuned_neurons_fire_where_they_did_and_weights_keep_what_they_stood_for(kind, threshold):
+    config = NeuronConfig(kind, time_steps=8, precharge=0.5, threshold=threshold)
+    model = spiking_model(config, ("in_proj", "down_proj"))
     model.generation_config.eos_token_id = [2, 5]
-    config = NeuronConfig(time_steps=12, precharge=0.25, threshold=threshold)
-    moved = move_neurons(model, site_neurons(config, sites=("in_proj", "down_proj")), batches(), tokens=96)
-    assert moved.generation_config.eos_token_id == [2, 5]
-    with captured([model.model.layers[0].mixer.in_neuron], inputs=True) as inputs, torch.no_grad():
-        model(**next(iter(batches())))
-    current = inputs[0].detach()
-    old, new = (each.model.layers[0].mixer for each in (model, moved))
-    assert new.in_neuron.config == config
-    near = (current.abs() / old.in_neuron.threshold - 0.5).abs() < 1e-5
-    assert torch.equal((old.in_neuron.encode(current) != 0)[~near], (new.in_neuron.encode(current) != 0)[~near])
+    changes = {"in_proj": {"time_steps": 12, "precharge": 0.25}, "down_proj": {"time_steps": 16}}
+    tuned = retune_neurons(model, changes, batches(), tokens=96)
+    assert tuned.generation_config.eos_token_id == [2, 5]
+    assert tuned.config.neurons == {site: {**own, **changes[site]} for site, own in model.config.neurons.items()}
+    for (layer, site, new), (_, _, old) in zip(tuned.neuron_sites(), model.neuron_sites(), strict=True):
+        fires = [(1 - neuron.config.precharge) * neuron.threshold for neuron in (old, new)]
+        assert torch.allclose(*fires, rtol=1e-6), (layer, site)
+    current, (old, new) = first_input(model), (each.model.layers[0].mixer for each in (model, tuned))
     with torch.no_grad():
         wanted = F.linear(old.in_neuron(current), old.in_proj.weight)
         distances = [
@@ -187,53 +200,70 @@ def test_moved_neurons_fire_where_they_did_and_weights_keep_what_they_stood_for(
             for weight in (new.in_proj.weight, old.in_proj.weight)
         ]
     assert distances[0] < distances[1]
-    assert torch.equal(moved.model.layers[0].mixer.out_proj.weight, model.model.layers[0].mixer.out_proj.weight)
+    assert torch.equal(new.out_proj.weight, old.out_proj.weight)
+    # Both of these round.
+    down, before = (each.model.layers[0].mlp.down_proj.weight for each in (tuned, model))
+    assert torch.equal(down, before)
+
+
+def test_weights_of_channels_that_are_silent_before_or_after_stay():
+    model = spiking_model()
+    model.model.layers[0].mixer.in_neuron.a.data[:3] += torch.tensor([0.0, 20.0, 20.0])
+    current = first_input(model)
+    peak = (current.abs().amax((0, 1)) / model.model.layers[0].mixer.in_neuron.threshold).log()
+    tuned = retune_neurons(model, {}, batches(), tokens=96, spike_budget=0.2)
+    raised = (tuned.model.layers[0].mixer.in_neuron.a - model.model.layers[0].mixer.in_neuron.a).detach()
+    silent = (peak - raised).exp() < 1 - EIGHT.precharge
+    assert silent[1:3].all()
+    assert not silent.all()
+    new, old = (each.model.layers[0].mixer.in_proj.weight for each in (tuned, model))
+    assert torch.equal(new[:, silent], old[:, silent])
+    assert not torch.equal(new[:, ~silent], old[:, ~silent])
 
 
 def test_a_spiking_model_can_do_with_fewer_spikes():
     model = spiking_model()
-    moved = move_neurons(model, model.config.neurons, batches(), tokens=96, spike_budget=0.3)
+    tuned = retune_neurons(model, {"down_proj": {"time_steps": 16}}, batches(), tokens=96, spike_budget=0.3)
     assert spikes_per_mac(model) > 0.6
     # By what the old neurons saw, which the codes of earlier layers move.
-    assert spikes_per_mac(moved) == pytest.approx(0.3, rel=0.3)
-    raised = [new.a - old.a for (*_, new), (*_, old) in zip(moved.neuron_sites(), model.neuron_sites(), strict=True)]
+    assert spikes_per_mac(tuned) == pytest.approx(0.3, rel=0.3)
+    raised = [new.a - old.a for (*_, new), (*_, old) in zip(tuned.neuron_sites(), model.neuron_sites(), strict=True)]
     assert torch.cat(raised).std() < 1e-5
     assert raised[0][0] > 0.1
 
 
 @pytest.mark.parametrize(
-    ("model", "neurons", "problem"),
+    ("model", "changes", "problem"),
     [
-        (mar_model, site_neurons(EIGHT), r"has neurons at \[\], the new ones are for \['down_proj', .*the dense model"),
+        (mar_model, {}, "has no neurons to retune; insert some first"),
         (
-            spiking_model,
-            site_neurons(EIGHT, sites=("in_proj",)),
-            r"are for \['in_proj'\]; move them at the",
+            lambda: spiking_model(sites=("in_proj",)),
+            {"gate_up": {"time_steps": 4}},
+            "no neurons at 'gate_up' to retune; the model has them at in_proj",
         ),
         (
             spiking_model,
-            site_neurons(EIGHT, {"out_proj": {"threshold": "scalar"}}),
-            "threshold at out_proj would become 'scalar' from 'channel'",
+            {"out_proj": {"threshold": "scalar"}},
+            "threshold at out_proj cannot change while",
         ),
-        (spiking_model, site_neurons(EIGHT, {"gate_up": {"tau": 2.0}}), "tau at gate_up would become 2.0 from 1.0"),
-        (spiking_model, site_neurons(NeuronConfig(kind="binary")), "kind at in_proj would become 'binary' from 'atmn'"),
+        (spiking_model, {"in_proj": {"time_steps": 200}}, "time_steps is 200; a code has 8 bits"),
         (
             lambda: spiking_model(NeuronConfig(kind="ternary")),
-            site_neurons(NeuronConfig(kind="ternary")),
-            "neurons of kind 'ternary' with tau 1.0 have no closed form to move",
+            {},
+            "kind 'ternary' with tau 1.0 at in_proj have no",
         ),
+        (lambda: spiking_model(NeuronConfig(tau=2.0)), {}, "kind 'atmn' with tau 2.0 at in_proj have no closed"),
     ],
 )
-def test_neurons_that_cannot_be_moved_say_why(model, neurons, problem):
+def test_neurons_that_cannot_be_retuned_say_why(model, changes, problem):
     with pytest.raises(ValueError, match=problem):
-        move_neurons(model(), neurons, batches())
+        retune_neurons(model(), changes, batches())
 
 
 @pytest.mark.parametrize("budget", [0.0, -1.0, math.inf, math.nan])
 def test_a_budget_that_is_none_is_refused(budget):
-    model = spiking_model()
     with pytest.raises(ValueError, match=f"the budget is {budget} spikes per MAC; use a number above 0"):
-        move_neurons(model, model.config.neurons, batches(), spike_budget=budget)
+        retune_neurons(spiking_model(), {}, [], spike_budget=budget)
 
 
 @pytest.mark.parametrize("threshold", ["channel", "scalar"])

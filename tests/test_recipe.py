@@ -134,7 +134,7 @@ def test_overrides_change_single_settings() -> None:
         "stages.align.train.tokens=64",
         "--data.source=[a.txt, b.txt]",
         "neurons.per_site.down_proj.time_steps=9",
-        "evaluation.data.source=c.txt",
+        "evaluation.data.source=*.txt",
         "stages.align.train.tokens=96",
     ]
     recipe = read_recipe("quickstart", changes)
@@ -142,7 +142,7 @@ def test_overrides_change_single_settings() -> None:
     assert recipe.stages["spike"] == plain.stages["spike"]
     assert recipe.data == replace(plain.data, source=["a.txt", "b.txt"])
     assert recipe.neurons.by_site()["down_proj"]["time_steps"] == 9
-    assert recipe.evaluation.data == DataConfig(source="c.txt")
+    assert recipe.evaluation.data == DataConfig(source="*.txt")
 
 
 def test_a_file_of_one_s_own(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from mar.conversion import LLAMBA_LAYER_NAMES, LLAMBA_NAMES, convert_llama
 from mar.costs import cost
 from mar.data import PackedRows
 from mar.folder import digest, load_student, load_tokenizer, save_student
-from mar.insertion import insert_neurons, move_neurons
+from mar.insertion import insert_neurons, retune_neurons
 from mar.results import spike_rates
 from mar.sources import DataConfig
 from mar.spikes import SiteRate, SpikeMonitor
@@ -121,16 +121,28 @@ def test_insert_does_what_the_recipe_s_settings_do(folders: Folders, teacher: Te
     train(folders | {"spiking": tmp_path / "spiking"}, tmp_path / "trained", "spike", teacher=folders["dense"])
 
 
-def test_insert_moves_the_neurons_of_a_spiking_folder(folders: Folders, tmp_path: Path) -> None:
-    text = str(folders["text"])
-    found = verbs.insert(folders["spiking"], tmp_path / "moved", text=text, tokens=200, time_steps=8, spike_budget=0.3)
-    old, moved = load_student(folders["spiking"]), load_student(tmp_path / "moved")
-    rows = PackedRows(DataConfig(text), load_tokenizer(folders["spiking"]))
-    expected = move_neurons(old, site_neurons(NeuronConfig(time_steps=8)), rows.batches(1), 200, 0.3)
-    assert all(tensor.equal(expected.state_dict()[name]) for name, tensor in moved.state_dict().items())
+def test_retune_changes_what_is_given_and_keeps_the_rest(folders: Folders, tmp_path: Path) -> None:
+    text, own = str(folders["text"]), load_student(folders["spiking"])
+    for neuron in own.config.neurons.values():
+        neuron |= {"surrogate": "arctan"}
+    save_student(own, load_tokenizer(folders["spiking"]), tmp_path / "own", provenance(folders["spiking"]))
+    found = verbs.retune(tmp_path / "own", tmp_path / "fewer", text=text, tokens=200, spike_budget=0.3)
+    fewer = load_student(tmp_path / "fewer")
+    assert fewer.config.neurons == own.config.neurons
     assert found["spikes_per_mac"] < 0.5
-    kept = provenance(tmp_path / "moved")
-    assert (kept["step"], kept["parent"]["sha256"]) == ("move_neurons", digest(folders["spiking"]))
+    changes = {"precharge": 0.25, "per_site": ["down_proj.time_steps=16"]}
+    verbs.retune(tmp_path / "own", tmp_path / "other", text=text, tokens=200, **changes)
+    other = load_student(tmp_path / "other")
+    rows = PackedRows(DataConfig(text), load_tokenizer(folders["spiking"]))
+    by_site = {site: {"precharge": 0.25} for site in SITES} | {"down_proj": {"precharge": 0.25, "time_steps": 16}}
+    expected = retune_neurons(own, by_site, rows.batches(1), 200)
+    assert other.config.neurons == expected.config.neurons
+    assert all(tensor.equal(expected.state_dict()[name]) for name, tensor in other.state_dict().items())
+    kept = provenance(tmp_path / "other")
+    assert (kept["step"], kept["parent"]["sha256"]) == ("retune_neurons", digest(tmp_path / "own"))
+    assert kept["settings"] == {**changes, "spike_budget": None, "text": text, "tokens": 200}
+    with pytest.raises(ValueError, match="no neurons at 'middle' to retune; the model has them at down_proj, gate_up"):
+        verbs.retune(tmp_path / "own", tmp_path / "x", text=text, per_site=["middle.time_steps=3"])
 
 
 def test_insert_has_the_settings_and_defaults_of_neurons() -> None:
@@ -153,6 +165,7 @@ def test_a_published_llamba_becomes_spiking(
 @pytest.mark.parametrize(
     ("model", "changes", "problem"),
     [
+        ("spiking", {}, r"spiking already has neurons; change them with `mar retune`, or give the dense"),
         ("dense", {"text": "missing.txt"}, r"there is no 'missing\.txt'; give a file"),
         ("dense", {"per_site": ["attention.tau=2"]}, r"site is 'attention'; use one of 'in_proj'"),
         ("dense", {"sites": ["in_proj"], "per_site": ["out_proj.tau=2"]}, r"'out_proj', which is not among the placed"),

@@ -83,6 +83,12 @@ def calibration_curve(samples: Float[Tensor, "n channels"], config: NeuronConfig
     return Curve(*(torch.cat(parts) for parts in zip(*blocks, strict=True)))
 
 
+def check_budget(budget: float) -> None:
+    """Raises ValueError for a budget of spikes per MAC that is not above 0."""
+    if not 0 < budget < math.inf:
+        raise ValueError(f"the budget is {budget} spikes per MAC; use a number above 0, such as 1.")
+
+
 def spend_spikes(curves: list[Curve], weights: list[list[Tensor]], budget: float) -> list[Spent]:
     """V and scale of each channel of a whole model, within a budget of spikes per MAC (r·T), at the least error.
 
@@ -91,8 +97,7 @@ def spend_spikes(curves: list[Curve], weights: list[list[Tensor]], budget: float
     count alike. Each channel takes the V of least error + price x spikes, with one price for a MAC in the whole model,
     found by bisection: where spikes bring most, most are spent. Raises ValueError for a budget that is not above 0.
     """
-    if not 0 < budget < math.inf:
-        raise ValueError(f"the budget is {budget} spikes per MAC; use a number above 0, such as 1.")
+    check_budget(budget)
     errors, spikes, macs = [], [], 0
     for curve, linears in zip(curves, weights, strict=True):
         outputs = sum(len(weight) for weight in linears)

@@ -23,6 +23,7 @@ from mar import verbs
 VERBS: dict[str, Callable[..., verbs.Result]] = {
     "convert": verbs.convert,
     "insert": verbs.insert,
+    "retune": verbs.retune,
     "refine": verbs.refine,
     "train": verbs.train,
     "pack": verbs.pack,

@@ -1,4 +1,4 @@
-"""Neurons into models: dense models to spiking ones, spiking ones to other codes, thresholds folded into weights.
+"""Neurons in models: dense models to spiking ones, spiking ones to other codes, thresholds folded into weights.
 
 Does: set thresholds from data (by mar.calibration, or from what training found). Does not: train anything.
 """
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mar.calibration import calibrate_threshold, calibration_curve, spend_spikes
+from mar.calibration import calibrate_threshold, calibration_curve, check_budget, spend_spikes
 from mar.config import SITES, MarConfig, NeuronConfig, Site
 from mar.layers import NEURON_PLACES
 from mar.model import MarForCausalLM
@@ -41,11 +41,11 @@ def insert_neurons(
     output to its input; None spends whatever the least error takes and leaves the weights alone.
     """
     if dense.config.neurons is not None:
-        raise ValueError("The model already has neurons; `move_neurons` gives it others.")
+        raise ValueError("The model already has neurons; use `retune_neurons`, or insert into its dense model.")
     config = MarConfig(**{**dense.config.to_dict(), "neurons": neurons})
     spiking = MarForCausalLM(config).to(dense.device)  # type: ignore[arg-type]
     spiking.load_state_dict(dense.state_dict(), strict=False)
-    samples = _site_inputs(dense, batches, tokens)
+    samples = _site_inputs(dense, list(_neurons(spiking)), batches, tokens)
     curves, weights = [], []
     for layer, site, neuron in spiking.neuron_sites():
         current = samples.pop((layer, site))
@@ -67,75 +67,82 @@ def insert_neurons(
     return spiking.eval()
 
 
+TUNABLE = ("time_steps", "precharge")
+"""What of a neuron can change while its threshold keeps its meaning."""
+
+
 @torch.no_grad()
-def move_neurons(
+def retune_neurons(
     model: MarForCausalLM,
-    neurons: dict[str, dict[str, Any]],
+    changes: dict[str, dict[str, Any]],
     batches: Iterable[dict[str, Tensor]],
     tokens: int = CALIBRATION_TOKENS,
     spike_budget: float | None = None,
 ) -> MarForCausalLM:
-    """A copy of a spiking model with other codes at the same sites: T, `precharge`, and by `spike_budget` fewer spikes.
+    """A copy of a spiking model with other codes: another T or `precharge`, and by `spike_budget` fewer spikes.
 
     Thresholds are those that training found: a neuron starts to fire at the size of input where it did, or, to keep a
-    budget, all at one multiple of that; weight columns take the ratio of the factors of least squares from the old
-    output and from the new one to the input.
+    budget, all at one multiple of that. Weight columns take the ratio of the factors of least squares from the old and
+    the new output to the input, but for neurons that round and those that are silent on these tokens.
 
-    neurons, batches, tokens: as for `insert_neurons`. spike_budget: most MAC-weighted spikes per input (r·T) on those
-    tokens, by what the old neurons see; None leaves each neuron where it fires. Raises ValueError for other sites,
-    kinds or shapes of thresholds than the model's, and for neurons without a closed form (`ternary`, or tau not 1).
+    changes: per site, as {"down_proj": {"time_steps": 16}}; {} for none. batches, tokens: as for `insert_neurons`.
+    spike_budget: most MAC-weighted spikes per input (r·T) on those tokens, by what the old neurons see; None leaves
+    each neuron where it fires. Raises ValueError for a model without neurons, for sites where it has none, for changes
+    of anything else, and for neurons without a closed form (`ternary`, or tau not 1).
     """
-    old = _neurons(model)
-    moved = MarForCausalLM(MarConfig(**{**model.config.to_dict(), "neurons": neurons})).to(model.device)  # type: ignore[arg-type]
-    new = _neurons(moved)
-    if not old or old.keys() != new.keys():
-        raise ValueError(
-            f"The model has neurons at {sorted({site for _, site in old})}, the new ones are for {sorted(neurons)}; "
-            "move them at the same sites, or insert new ones into the dense model."
-        )
-    for place, neuron in new.items():
-        _check_move(place, old[place].config, neuron.config)
-    moved.load_state_dict(model.state_dict())
-    samples = _site_inputs(model, batches, tokens)
+    neurons = _tuned(model.config.neurons or {}, changes)
+    if spike_budget is not None:
+        check_budget(spike_budget)
+    tuned = MarForCausalLM(MarConfig(**{**model.config.to_dict(), "neurons": neurons})).to(model.device)  # type: ignore[arg-type]
+    tuned.load_state_dict(model.state_dict())
+    old, new = _neurons(model), _neurons(tuned)
+    samples = _site_inputs(model, list(new), batches, tokens)
     for place, neuron in new.items():
         neuron.a.add_(math.log((1 - old[place].config.precharge) / (1 - neuron.config.precharge)))
     if spike_budget is not None:
-        macs = {place: sum(linear.weight.numel() for linear in moved.neuron_linears(*place)) for place in new}
+        macs = {place: sum(linear.weight.numel() for linear in tuned.neuron_linears(*place)) for place in new}
         _raise_thresholds(new, samples, macs, spike_budget)
     for place, neuron in new.items():
+        if min(old[place].config.precharge, neuron.config.precharge) >= 0.5:
+            continue  # rounding is unbiased, and weights learn more as they are (docs/lab-log.md)
         current = samples.pop(place).float()
         before, after = (_least_squares_factor(each(current), current) for each in (old[place], neuron))
-        for linear in moved.neuron_linears(*place):
-            linear.weight.mul_(after / before)
-    moved.generation_config = model.generation_config
-    return moved.eval()
+        for linear in tuned.neuron_linears(*place):
+            linear.weight.mul_((after / before).nan_to_num(1.0))
+    tuned.generation_config = model.generation_config
+    return tuned.eval()
 
 
 def _neurons(model: MarForCausalLM) -> dict[Place, Neuron]:
     return {(layer, site): neuron for layer, site, neuron in model.neuron_sites()}
 
 
-def _check_move(place: Place, old: NeuronConfig, new: NeuronConfig) -> None:
-    for name in ("kind", "threshold", "tau"):
-        if (was := getattr(old, name)) != (becomes := getattr(new, name)):
+def _tuned(neurons: dict[str, dict[str, Any]], changes: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The neurons of a config with changes, checked."""
+    if not neurons:
+        raise ValueError("The model has no neurons to retune; insert some first.")
+    for site, change in changes.items():
+        if site not in neurons:
+            raise ValueError(f"There are no neurons at {site!r} to retune; the model has them at {', '.join(neurons)}.")
+        if other := sorted(set(change) - set(TUNABLE)):
             raise ValueError(
-                f"{name} at {place[1]} would become {becomes!r} from {was!r}; thresholds carry over to another T or "
-                "precharge only, so insert such neurons into the dense model."
+                f"{other[0]} at {site} cannot change while thresholds are kept, only {' and '.join(TUNABLE)} can; "
+                "insert such neurons into the dense model."
             )
-    if not has_closed_form(new):
-        raise ValueError(
-            f"neurons of kind {new.kind!r} with tau {new.tau} have no closed form to move; insert new ones into the "
-            "dense model."
-        )
+    tuned = {site: {**own, **changes.get(site, {})} for site, own in neurons.items()}
+    for site, own in tuned.items():
+        if not has_closed_form(config := NeuronConfig(**own)):
+            raise ValueError(
+                f"neurons of kind {config.kind!r} with tau {config.tau} at {site} have no closed form to retune; "
+                "insert new ones into the dense model."
+            )
+    return tuned
 
 
 def _raise_thresholds(
     neurons: dict[Place, Neuron], samples: dict[Place, Tensor], macs: dict[Place, int], budget: float
 ) -> None:
     """Multiply all thresholds by the least factor from 1 up that keeps r·T within the budget, found by bisection."""
-    if not 0 < budget < math.inf:
-        raise ValueError(f"the budget is {budget} spikes per MAC; use a number above 0, such as 1.")
-
     start = {place: neuron.a.clone() for place, neuron in neurons.items()}
 
     def spent(by: float) -> float:
@@ -154,22 +161,21 @@ def _raise_thresholds(
 
 
 def _least_squares_factor(output: Tensor, current: Tensor) -> Tensor:
-    """What brings each channel of (tokens, channels) outputs closest to its input; 1 where it is silent."""
-    square = output.square().sum(0, dtype=torch.float64)
-    return torch.where(square > 0, (output * current).sum(0, dtype=torch.float64) / square, 1.0).float()
+    """What brings each channel of (tokens, channels) outputs closest to its input; NaN where it is silent."""
+    return ((output * current).sum(0, dtype=torch.float64) / output.square().sum(0, dtype=torch.float64)).float()
 
 
-def _site_inputs(model: MarForCausalLM, batches: Iterable[dict[str, Tensor]], tokens: int) -> dict[Place, Tensor]:
-    """What a neuron at each layer and site sees, (tokens, channels) in bf16, whether there is one yet or not."""
+def _site_inputs(
+    model: MarForCausalLM, places: list[Place], batches: Iterable[dict[str, Tensor]], tokens: int
+) -> dict[Place, Tensor]:
+    """What neurons at these layers and sites see, (tokens, channels) in bf16, whether there are any yet or not."""
     if tokens < 1:
         raise ValueError(f"The tokens to calibrate thresholds on are {tokens}; use at least 1.")
-    samples: dict[Place, list[Tensor]] = {}
+    samples: dict[Place, list[Tensor]] = {place: [] for place in places}
     handles = []
-    for layer in range(len(model.model.layers)):
-        for site, place in zip(SITES, NEURON_PLACES, strict=True):
-            kept = samples.setdefault((layer, site), [])
-            module = model.get_submodule(f"model.layers.{layer}.{place}")
-            handles.append(module.register_forward_pre_hook(_keep(kept)))
+    for (layer, site), kept in samples.items():
+        module = model.get_submodule(f"model.layers.{layer}.{NEURON_PLACES[SITES.index(site)]}")
+        handles.append(module.register_forward_pre_hook(_keep(kept)))
     seen = 0
     try:
         for rows in batches:
@@ -182,8 +188,14 @@ def _site_inputs(model: MarForCausalLM, batches: Iterable[dict[str, Tensor]], to
         for handle in handles:
             handle.remove()
     if not seen:
-        raise ValueError("There is no text to calibrate thresholds on; give insert_neurons at least one batch of rows.")
-    return {place: torch.cat(kept)[:tokens] for place, kept in samples.items()}
+        raise ValueError("There is no text to calibrate thresholds on; give at least one batch of rows.")
+    found = {place: torch.cat(samples.pop(place))[:tokens] for place in places}
+    for (layer, site), current in found.items():
+        if not current.isfinite().all():
+            raise ValueError(
+                f"What drives the neuron of layer {layer}, site {site}: not finite; find the layer that it comes from."
+            )
+    return found
 
 
 def _keep(samples: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor]], None]:

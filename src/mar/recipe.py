@@ -212,12 +212,12 @@ def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
             settings = [f"name={name}", *rows[name.removeprefix("ablations/")], *settings]
     # Before jsonargparse, which names no known keys and passes over an unknown one whose value is an empty mapping.
     try:
-        mappings = [yaml.safe_load(file.read_text(encoding="utf-8")), *map(_nested, settings)]
+        whole = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"Recipe {path} is not YAML: {' '.join(str(error).split())}.") from error
-    for given in mappings:
-        if unknown := _unknown_key(given, Recipe):
-            raise ValueError(f"Recipe {path}: there is no setting {unknown}.")
+    for given in (whole, *map(_nested, settings)):
+        if problem := _unknown_key(given, Recipe):
+            raise ValueError(f"Recipe {path}: {problem}.")
     parser = recipe_parser()
     parser.exit_on_error = False
     arguments = ["--config", str(file), *(f"--{setting.removeprefix('--')}" for setting in settings)]
@@ -233,14 +233,17 @@ def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
 def _nested(setting: str) -> Any:
     """An override as the mapping that says the same in a file."""
     name, _, text = setting.removeprefix("--").partition("=")
-    value = yaml.safe_load(text)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text  # as in *.txt
     for part in reversed(name.split(".")):
         value = {part: value}
     return value
 
 
 def _unknown_key(settings: Any, kind: Any, above: str = "") -> str | None:
-    """The first key in `settings` that has no field in the dataclass that `kind` is or holds, and those it has."""
+    """What to say of the first key in `settings` that has no field in the dataclass that `kind` is or holds."""
     if not isinstance(settings, dict):
         return None
     if get_origin(kind) is dict:
@@ -254,7 +257,7 @@ def _unknown_key(settings: Any, kind: Any, above: str = "") -> str | None:
             key, _, rest = str(key).partition(".")  # a file may have dotted names too
             value = {rest: value} if rest else value
         if key not in hints:
-            return f"{above + key!r}; use one of {', '.join(hints)}"
+            return f"there is no setting {above + key!r}; use one of {', '.join(hints)}"
         if unknown := _unknown_key(value, hints[key], f"{above}{key}."):
             return unknown
     return None

@@ -1,4 +1,4 @@
-"""One step from folder to folder, outside of any recipe: convert, insert neurons, train a stage, pack.
+"""One step from folder to folder, outside of any recipe: convert, insert neurons or retune them, train a stage, pack.
 
 Does: what the verbs of these names do, and refuse folders that do not fit each other. Does not: run recipes
 (mar.refinement), or know how a step computes.
@@ -7,6 +7,7 @@ Does: what the verbs of these names do, and refuse folders that do not fit each 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,11 @@ import torch
 from mar.conversion import calibrate_mixers, convert_llama, convert_llamba
 from mar.data import PackedRows
 from mar.folder import digest, load_student, load_tokenizer, read_provenance, save_student
-from mar.insertion import insert_neurons, move_neurons
+from mar.insertion import insert_neurons, retune_neurons
 from mar.layers import input_moments
 from mar.model import MarForCausalLM
 from mar.processes import this_process
-from mar.recipe import SPIKING, NeuronSettings, StageConfig
+from mar.recipe import SPIKING, NeuronSettings, StageConfig, site_changes
 from mar.refinement import build_objective
 from mar.sources import DataConfig
 from mar.spikes import SpikeMonitor
@@ -55,16 +56,60 @@ def convert_to_folder(source: str, output: Path, preset: str, init: str, text: s
 def insert_to_folder(
     model: Path, output: Path, neurons: NeuronSettings, text: str, tokens: int
 ) -> tuple[MarForCausalLM, dict[str, float]]:
-    """The spiking student of a MAR folder, written to `output`, and its rates on a row; see `mar insert`."""
+    """The spiking student of a dense MAR folder, written to `output`, and its rates on a row; see `mar insert`."""
+
+    def insert(dense: MarForCausalLM, rows: PackedRows) -> MarForCausalLM:
+        if dense.config.neurons is not None:
+            raise ValueError(
+                f"{model} already has neurons; change them with `mar retune`, or give the dense folder that it was "
+                "made from."
+            )
+        return insert_neurons(dense, neurons.by_site(), rows.batches(1), tokens, neurons.spike_budget)
+
+    return _spiking_to_folder(model, output, "insert_neurons", asdict(neurons), text, tokens, insert)
+
+
+def retune_to_folder(
+    model: Path,
+    output: Path,
+    changes: dict[str, Any],
+    per_site: list[str],
+    budget: float | None,
+    text: str,
+    tokens: int,
+) -> tuple[MarForCausalLM, dict[str, float]]:
+    """A spiking MAR folder with other codes, written to `output`, and its rates on a row; see `mar retune`.
+
+    changes: at every site; per_site: at single ones, as `mar.recipe.site_changes` takes them.
+    """
+
+    def retune(spiking: MarForCausalLM, rows: PackedRows) -> MarForCausalLM:
+        own = site_changes(per_site)
+        sites = dict.fromkeys(spiking.config.neurons or {}, changes)
+        by_site = {site: {**sites.get(site, {}), **own.get(site, {})} for site in (*sites, *own)}
+        return retune_neurons(spiking, by_site, rows.batches(1), tokens, budget)
+
+    settings = {**changes, "per_site": per_site, "spike_budget": budget}
+    return _spiking_to_folder(model, output, "retune_neurons", settings, text, tokens, retune)
+
+
+def _spiking_to_folder(
+    model: Path,
+    output: Path,
+    step: str,
+    settings: dict[str, Any],
+    text: str,
+    tokens: int,
+    make: Callable[[MarForCausalLM, PackedRows], MarForCausalLM],
+) -> tuple[MarForCausalLM, dict[str, float]]:
     _refuse_taken(output)
     student, tokenizer = load_student(model), load_tokenizer(model)
-    _say(f"Setting thresholds on {tokens:,} tokens of {text}.")
     rows = PackedRows(DataConfig(source=text), tokenizer, vocab_size=student.config.vocab_size)
-    step = insert_neurons if student.config.neurons is None else move_neurons
-    spiking = step(student, neurons.by_site(), rows.batches(1), tokens, neurons.spike_budget)
+    _say(f"Setting thresholds on {tokens:,} tokens of {text}.")
+    spiking = make(student, rows)
     provenance = {
-        "step": step.__name__,
-        "settings": {**asdict(neurons), "text": text, "tokens": tokens},
+        "step": step,
+        "settings": {**settings, "text": text, "tokens": tokens},
         "parent": _source(model),
         "teacher": _teacher(model),
     }

@@ -7,7 +7,7 @@ modules are imported inside the verbs, so that `mar --help` is quick.
 
 from __future__ import annotations
 
-from mar.verbs.making import Result, convert, insert, pack, quickstart, refine, report, train
+from mar.verbs.making import Result, convert, insert, pack, quickstart, refine, report, retune, train
 from mar.verbs.using import chat, energy, evaluate, generate, info, spikes
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "quickstart",
     "refine",
     "report",
+    "retune",
     "spikes",
     "train",
 ]

@@ -1,4 +1,4 @@
-"""Verbs that write models and reports: convert, insert, refine, train, pack, quickstart, report."""
+"""Verbs that write models and reports: convert, insert, retune, refine, train, pack, quickstart, report."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ def insert(
     per_site: list[str] | None = None,
     spike_budget: float | None = None,
 ) -> Result:
-    """Turn a dense MAR folder into a spiking one, or move a spiking one to other codes, by a text; trains nothing.
+    """Turn a dense MAR folder into a spiking one, calibrated on a text; trains nothing.
 
     Args:
-        model: MAR folder.
+        model: dense MAR folder.
         output: folder to write, a new one.
         text: file or folder of text.
         tokens: how much of it.
@@ -72,7 +72,7 @@ def insert(
         sites: where neurons go (default: all four).
         per_site: changes at single sites, as in down_proj.time_steps=16
         spike_budget: most spikes per input (MAC-weighted r·T), spent where they lower the error most; with a
-            precharge below 0.5 weights are scaled to fit. A spiking folder's thresholds rise by one factor.
+            precharge below 0.5 weights are scaled to fit.
     """
     require_mar(model)
     from mar.config import SITES, NeuronConfig
@@ -82,6 +82,40 @@ def insert(
     default = NeuronConfig(kind, time_steps, tau, threshold, precharge, merge, surrogate)
     neurons = NeuronSettings(default, list(sites or SITES), site_changes(per_site or []), spike_budget)
     spiking, rates = insert_to_folder(model, output, neurons, text, tokens)
+    return {"folder": str(output), "neurons": sum(neuron.channels for *_, neuron in spiking.neuron_sites()), **rates}
+
+
+def retune(
+    model: Path,
+    output: Path,
+    /,
+    *,
+    text: str,
+    tokens: int = 4096,
+    spike_budget: float | None = None,
+    time_steps: int | None = None,
+    precharge: float | None = None,
+    per_site: list[str] | None = None,
+) -> Result:
+    """Give a spiking MAR folder fewer spikes or other codes, its thresholds kept or raised alike; trains nothing.
+
+    Args:
+        model: spiking MAR folder.
+        output: folder to write, a new one.
+        text: file or folder of text.
+        tokens: how much of it.
+        spike_budget: most spikes per input (MAC-weighted r·T); all thresholds rise by one factor until it is kept.
+        time_steps: T at every site (default: as it is).
+        precharge: the part of V that membranes start with, at every site; neurons go on firing where they did (default:
+            as it is).
+        per_site: changes of these two at single sites, as in down_proj.time_steps=16
+    """
+    require_mar(model)
+    from mar.steps import retune_to_folder
+
+    given = {"time_steps": time_steps, "precharge": precharge}
+    changes = {name: value for name, value in given.items() if value is not None}
+    spiking, rates = retune_to_folder(model, output, changes, per_site or [], spike_budget, text, tokens)
     return {"folder": str(output), "neurons": sum(neuron.channels for *_, neuron in spiking.neuron_sites()), **rates}
 
 

@@ -201,9 +201,9 @@ def generate(
         precision: of the native engine's weights (default: a compact folder's own, else int8).
         threads: of the CPU (default: as many as this process may use).
     """
+    network, tokenizer = _load(model, engine, precision, threads)
     from mar.generate import prompt_ids, stream
 
-    network, tokenizer = _load(model, engine, precision, threads)
     ids = list(stream(network, prompt_ids(tokenizer, prompt), tokens, temperature, top_p, top_k, seed=seed))
     text = tokenizer.decode(ids, skip_special_tokens=True)
     return {"text": text, "tokens": len(ids), **_say_usage(network)}
@@ -235,9 +235,9 @@ def chat(
         precision: of the native engine's weights (default: a compact folder's own, else int8).
         threads: of the CPU (default: as many as this process may use).
     """
+    network, tokenizer = _load(model, engine, precision, threads)
     from mar.generate import Session
 
-    network, tokenizer = _load(model, engine, precision, threads)
     session = Session(network, tokenizer, temperature, top_p, top_k, seed)
     turns = 0
     while True:
@@ -254,13 +254,13 @@ def chat(
 
 def _load(name: str, engine: EngineName, precision: Precision | None, threads: int | None) -> tuple[Any, Any]:
     """Model and tokenizer, of a MAR folder or with torch of a teacher too."""
+    _check_threads(threads)
     if engine == "native":
         from mar.adapter import load_engine
 
         return load_engine(name, precision, threads)
     if precision not in (None, "fp32"):
         raise ValueError(f"precision is {precision!r}, but torch writes in fp32; leave it out or use --engine native.")
-    _check_threads(threads)
     from mar.folder import load
 
     _set_threads(threads)
