@@ -1,7 +1,6 @@
 #include "linear.hpp"
 
 #include <algorithm>
-#include <cstdlib>
 
 namespace mar {
 
@@ -10,18 +9,6 @@ namespace {
 // Share of rows from which it pays to read all of them in the order of memory: one thread alone has all of the memory's
 // speed then, several share it (benchmarks/event_linear.py).
 constexpr double kMostAlone = 0.33, kMostOfSeveral = 0.45;
-
-// Bytes may alias anything, and what is stored or read again in each turn of a loop keeps compilers from using vectors:
-// sums over codes are locals, and products say that they alias nothing.
-int count_nonzero(const std::int8_t* codes, int count) {
-  int nonzero = 0;
-  for (int i = 0; i < count; ++i) nonzero += codes[i] != 0;
-  return nonzero;
-}
-
-void multiply_codes(std::int8_t* __restrict codes, const std::int8_t* __restrict by, int count) {
-  for (int i = 0; i < count; ++i) codes[i] = static_cast<std::int8_t>(codes[i] * by[i]);
-}
 
 }  // namespace
 
@@ -84,9 +71,7 @@ void Listing::list(const Kernels& k, const Site& site, const float* x, int begin
     k.encode(x + begin, site.threshold + begin, end - begin, site.encoder, codes + begin);
     if (taken) std::copy(codes + begin, codes + end, taken + begin);
     if (given) std::copy(given + begin, given + end, codes + begin);
-    int spikes = 0;
-    for (int i = begin; i < end; ++i) spikes += std::abs(codes[i]);
-    spikes_ = spikes;
+    spikes_ = count_spikes(codes + begin, end - begin);
     nonzero_ = count_nonzero(codes + begin, end - begin);
     if (site.multiplier) multiply_codes(codes + begin, site.multiplier + begin, end - begin);
   } else {
@@ -109,10 +94,7 @@ void Listing::list_codes(const Linear& linear, const std::int8_t* codes, int beg
     std::copy(codes + begin, codes + end, listed_.data() + begin - first);
     group_sums_.resize(piece_.groups);
     for (int g = 0; g < piece_.groups; ++g) {
-      const std::int8_t* of_group = listed_.data() + g * kGroup;
-      int total = 0;
-      for (int i = 0; i < kGroup; ++i) total += of_group[i];
-      group_sums_[g] = total;
+      group_sums_[g] = sum_codes(listed_.data() + g * kGroup, kGroup);
     }
     rows_ = {nullptr, listed_.data(), nullptr, end - begin};
     return;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
@@ -45,6 +46,27 @@ struct Site {
   Encoder encoder{};
   Linear linear{};
 };
+
+// Loops over codes, apart and with sums of their own: bytes may alias anything, and what is stored or read again in each
+// turn of a loop keeps compilers from using vectors.
+inline std::int32_t sum_codes(const std::int8_t* codes, int count) {
+  std::int32_t total = 0;
+  for (int i = 0; i < count; ++i) total += codes[i];
+  return total;
+}
+inline std::int32_t count_spikes(const std::int8_t* codes, int count) {
+  std::int32_t spikes = 0;
+  for (int i = 0; i < count; ++i) spikes += std::abs(codes[i]);
+  return spikes;
+}
+inline std::int32_t count_nonzero(const std::int8_t* codes, int count) {
+  std::int32_t nonzero = 0;
+  for (int i = 0; i < count; ++i) nonzero += codes[i] != 0;
+  return nonzero;
+}
+inline void multiply_codes(std::int8_t* __restrict codes, const std::int8_t* __restrict by, int count) {
+  for (int i = 0; i < count; ++i) codes[i] = static_cast<std::int8_t>(codes[i] * by[i]);
+}
 
 // Slices of one thread; in int4 they come in twos.
 Range share_slices(const Linear& linear, int part, int parts);

@@ -1,7 +1,6 @@
 // Many tokens through all layers of a model, in blocks that threads share: a prompt, or one token of each of several
 // sequences. Does not: take a single token (model.cpp), whose weights are read row by row.
 #include <algorithm>
-#include <cstdlib>
 
 #include "model_parts.hpp"
 
@@ -66,22 +65,13 @@ void Model::wide_site(int thread, int layer, int which, const Site& site, const 
       w.token_scales[m] = k.quantise(x, linear.inputs, codes);
     }
     std::fill(codes + linear.inputs, codes + linear.rows, static_cast<std::int8_t>(0));
-    std::int64_t spikes = 0, nonzero = 0;
-    for (int g = 0; g < groups; ++g) {
-      std::int32_t total = 0;
-      const int end = groups == 1 ? linear.inputs : std::min(linear.inputs, (g + 1) * kGroup);
-      for (int i = g * kGroup; i < end; ++i) {
-        spikes += std::abs(codes[i]);
-        if (site.multiplier) codes[i] = static_cast<std::int8_t>(codes[i] * site.multiplier[i]);
-        total += codes[i];
-        nonzero += codes[i] != 0;
-      }
-      w.sums[m * groups + g] = total;
-    }
-    if (!linear.integer())
-      for (int i = 0; i < linear.inputs; ++i) w.values[m * linear.inputs + i] = codes[i];
-    if (site.threshold) counts.spikes += spikes;
-    counts.nonzero += nonzero;
+    if (site.threshold) counts.spikes += count_spikes(codes, linear.inputs);
+    counts.nonzero += count_nonzero(codes, linear.inputs);
+    if (site.multiplier) multiply_codes(codes, site.multiplier, linear.inputs);
+    const int group = groups == 1 ? linear.inputs : kGroup;
+    for (int g = 0; g < groups; ++g)
+      w.sums[m * groups + g] = sum_codes(codes + g * group, std::min(group, linear.inputs - g * group));
+    if (!linear.integer()) std::copy(codes, codes + linear.inputs, w.values.data() + m * linear.inputs);
   }
   // Every row is read once a block, for all its tokens together.
   if (thread == 0) {
