@@ -421,7 +421,14 @@ def test_settings_reach_their_objective(teacher: Teacher, short: Path) -> None:
     spiking, dense = (
         AutoModelForCausalLM.from_pretrained(short / name, dtype=torch.float32) for name in ("3-spike", "1-align")
     )
-    settings = {"alpha": 0.3, "beta": 0.4, "features": "both", "trained": "thresholds", "energy_target": 0.5}
+    settings = {
+        "alpha": 0.3,
+        "beta": 0.4,
+        "features": "both",
+        "trained": "thresholds",
+        "energy_target": 0.5,
+        "energy_weight": 2.0,
+    }
     objective: Any = build_objective(StageConfig("spike", **settings), spiking, teacher.model, dense)
     assert {name: getattr(objective, name) for name in settings} == settings
     assert (objective.teacher is dense, objective.against) == (True, "dense")

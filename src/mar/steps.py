@@ -29,7 +29,7 @@ from mar.teachers import load_teacher
 from mar.train import train
 from mar.weights import model_type, read_config
 
-OWN_SETTINGS = ("alpha", "beta", "features", "trained", "energy_target")
+OWN_SETTINGS = ("alpha", "beta", "features", "trained", "energy_target", "energy_weight")
 """What `mar train` can change of a stage besides its budget, rate and batch."""
 
 

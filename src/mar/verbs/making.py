@@ -169,6 +169,7 @@ def train(
     features: Literal["pre", "post", "both", "none"] | None = None,
     trained: Literal["mixers", "mixers+norms", "thresholds", "layers", "all"] | None = None,
     energy_target: float | None = None,
+    energy_weight: float | None = None,
 ) -> Result:
     """Train one stage on an existing student folder; the same command goes on after a stop.
 
@@ -189,6 +190,7 @@ def train(
         features: which normed features are compared, for spike.
         trained: parameter set, for distill and spike.
         energy_target: MAC-weighted spikes per input to steer to, for spike.
+        energy_weight: what a spike per input above it costs (default: 1); where more are spent than wanted, raise it.
     """
     require_mar(student)
     from dataclasses import replace
@@ -202,7 +204,14 @@ def train(
     config = TrainConfig(tokens=tokens, lr=rate, batch_size=batch_size, weight_decay=0.0)
     config = replace(config, warmup_steps=min(100, config.steps(length) // 10))
     stage = StageConfig(
-        kind, config, alpha=alpha, beta=beta, features=features, trained=trained, energy_target=energy_target
+        kind,
+        config,
+        alpha=alpha,
+        beta=beta,
+        features=features,
+        trained=trained,
+        energy_target=energy_target,
+        energy_weight=energy_weight,
     )
     metrics = train_to_folder(stage, student, output, teacher, DataConfig(source=text, length=length))
     return {"folder": str(output), **metrics}
