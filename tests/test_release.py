@@ -35,7 +35,8 @@ def test_card_licence_and_provenance() -> None:
     assert "SmolLM2-135M-Instruct" in card
     provenance = read_provenance(FOLDER)
     steps = [step["step"] for step in provenance["history"]]
-    assert [*steps, provenance["step"]] == ["convert", "align", "distill", "insert_neurons", "spike", "pack"]
+    spiking = ["insert_neurons", "spike", "spike", "retune_neurons", "spike", "spike"]
+    assert [*steps, provenance["step"]] == ["convert", "align", "distill", *spiking, "pack"]
     assert provenance["history"][0]["parent"]["name"] == "smollm2-135m"
     assert not re.search(r'"/', json.dumps(provenance)), "A path of a machine."
 
