@@ -22,6 +22,7 @@ FLOORS = (
         "config",
         "kernels",
         "objective",
+        "precision",
         "processes",
         "quiet",
         "rounding",

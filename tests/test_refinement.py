@@ -24,6 +24,7 @@ from mar.conversion import convert_llama
 from mar.data import PackedRows, read_meta
 from mar.folder import digest
 from mar.model import MarForCausalLM
+from mar.optimizer import TrainConfig
 from mar.recipe import Recipe, StageConfig, read_recipe, shipped_recipes
 from mar.refinement import Refined, build_objective, refine
 from mar.sources import DataConfig
@@ -158,6 +159,14 @@ def test_a_finished_run_is_not_repeated(whole: Refined, tiny_llama_folder: Path,
     again = refine(tiny_recipe(tiny_llama_folder, text, KINDS), whole.folder, progress=False)
     assert files_of(whole.folder) == before
     assert again == whole
+
+
+def test_orient_leaves_the_caller_s_teacher_as_it_is(tiny_llama_folder: Path, text: Path) -> None:
+    teacher, stage = load_teacher(tiny_llama_folder), StageConfig(kind="orient", train=TrainConfig(precision="fp32"))
+    before = teacher.model.config._attn_implementation
+    objective = build_objective(stage, convert_llama(teacher.model), teacher.model, None)
+    assert objective.teacher.config._attn_implementation == "eager"  # type: ignore[attr-defined]
+    assert teacher.model.config._attn_implementation == before != "eager"
 
 
 @pytest.mark.parametrize("how", [stop, press_ctrl_c])

@@ -92,8 +92,27 @@ def test_forward_runs_in_bf16_and_backward_without_autocast(tmp_path: Path) -> N
             backward(product.float().sum())
             return {}
 
-    run(tmp_path, Look(), tokens=1, accumulation=1, precision="bf16")
+    metrics = run(tmp_path, Look(), tokens=1, accumulation=1, precision="bf16")
     assert seen == [torch.bfloat16, False]
+    assert metrics["precision"] == "bf16"
+
+
+@pytest.mark.parametrize(("faster", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_auto_trains_in_what_is_faster_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faster: str, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr("mar.precision.faster_precision", lambda _: faster)
+    seen = []
+
+    class Look(NextWord):
+        def accumulate(self, batch: dict[str, Tensor], backward: Backward) -> dict[str, float]:
+            product = self.model["out"](torch.ones(1, 32))
+            seen.append(product.dtype)
+            backward(product.float().sum())
+            return {}
+
+    assert run(tmp_path, Look(), tokens=1, accumulation=1, precision="auto")["precision"] == faster
+    assert seen == [dtype]
 
 
 def test_accumulation_equals_one_large_batch(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from rich.console import Console
 from mar.census import parameters
 from mar.checkpoint import write_json_atomically
 from mar.folder import load_student
+from mar.precision import resolve_precision
 from mar.processes import this_process
 from mar.recipe import Recipe, debug_size, read_recipe
 from mar.refinement import refine
@@ -81,7 +82,8 @@ def refine_and_measure(recipe: Recipe, output: Path) -> dict[str, Any]:
         student.to(process.device)  # type: ignore[arg-type]
     rows, text = held_out or evaluation_rows(recipe, output, teacher)
     _say(f"Measuring on {rows['input_ids'].numel():,} tokens of {text}.")
-    figures = measure(students, teacher, rows, text)
+    precision = resolve_precision("auto", teacher.model.device)
+    figures = measure(students, teacher, rows, text, precision=precision)
     models: dict[str, Any] = {"teacher": teacher.model, **students}
     figures["samples"] = {name: sample(model, teacher.tokenizer, SAMPLE_PROMPT) for name, model in models.items()}
     figures["folders"] = {name: str(folder) for name, folder in refined.students.items()}

@@ -26,6 +26,7 @@ from mar.generate import write_text
 from mar.insertion import insert_neurons
 from mar.model import MarForCausalLM
 from mar.objective import Objective
+from mar.precision import resolve_precision
 from mar.processes import this_process
 from mar.prompts import HELD_OUT_PROMPTS, TRAIN_PROMPTS
 from mar.recipe import SPIKING, Recipe, StageConfig
@@ -250,9 +251,11 @@ def build_objective(stage: StageConfig, student: MarForCausalLM, llama: Any, den
     _check_pair(stage.kind, student, target)
     if by_dense:
         return STAGES[stage.kind](student, target, **own)
-    if stage.train.precision == "bf16":
-        # A copy, because the caller's teacher stays in fp32 for evaluation.
+    # A copy where it changes, because the caller's teacher stays as it is for what follows.
+    if resolve_precision(stage.train.precision, student.device) == "bf16":
         target = copy.deepcopy(target).to(torch.bfloat16)
+    elif stage.kind == "orient":
+        target = copy.deepcopy(target)
     if stage.kind == "orient":
         target.set_attn_implementation("eager")
     if stage.kind == "spike":

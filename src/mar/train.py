@@ -30,6 +30,7 @@ from mar.checkpoint import (
 )
 from mar.objective import Objective, ParameterGroup, Rows
 from mar.optimizer import TrainConfig, build_optimizers, lr_at
+from mar.precision import resolve_precision
 from mar.processes import noted_interrupts, this_process
 from mar.trainlog import TrainLog
 
@@ -59,8 +60,8 @@ def train(
 
     Go on from the newest checkpoint in folder/checkpoints, bit for bit, as if there had been no interruption. Write
     folder/log.jsonl (one object a step) and, at the end, folder/done.json with the returned metrics: steps, tokens,
-    seconds (in steps, not in saving), tokens_per_second, and each metric's mean over the last tenth of the steps. A
-    finished run is not repeated: its parameters are restored and its metrics returned.
+    precision (what `auto` came to), seconds (in steps, not in saving), tokens_per_second, and each metric's mean over
+    the last tenth of the steps. A finished run is not repeated: its parameters are restored and its metrics returned.
 
     recipe: further settings, as JSON values, that a checkpoint must share with this run to be continued by it.
 
@@ -108,6 +109,7 @@ class _Run:
         self.parameters = _named_parameters(self.groups, objective.name)
         self.device = next(iter(self.parameters.values())).device
         self.process = this_process()
+        self.precision = resolve_precision(config.precision, self.device)
         wanted: Any = self.process.device
         if self.process.num_processes > 1 and self.device.type != wanted.type:
             raise ValueError(
@@ -185,6 +187,7 @@ class _Run:
         metrics = {
             "steps": self.steps,
             "tokens": tokens,
+            "precision": self.precision,
             "seconds": self.seconds,
             "tokens_per_second": tokens / self.seconds,
             **{name: total / self.tail_steps for name, total in self.tail.items()},
@@ -257,7 +260,7 @@ class _Run:
 
         for _ in range(self.config.accumulation):
             batch = {name: tensor.to(self.device) for name, tensor in next(batches).items()}
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
                 metrics = self.objective.accumulate(batch, backward)
             for name, value in metrics.items():
                 totals[name] = totals.get(name, 0.0) + value / self.config.accumulation

@@ -170,6 +170,7 @@ def train(
     trained: Literal["mixers", "mixers+norms", "thresholds", "layers", "all"] | None = None,
     energy_target: float | None = None,
     energy_weight: float | None = None,
+    precision: Literal["auto", "bf16", "fp32"] = "auto",
 ) -> Result:
     """Train one stage on an existing student folder; the same command goes on after a stop.
 
@@ -191,6 +192,7 @@ def train(
         trained: parameter set, for distill and spike.
         energy_target: MAC-weighted spikes per input to steer to, for spike.
         energy_weight: what a spike per input above it costs (default: 1); where more are spent than wanted, raise it.
+        precision: bf16 autocast, fp32, or auto: bf16 unless fp32 is faster on this machine, as `mar info` says.
     """
     require_mar(student)
     from dataclasses import replace
@@ -201,7 +203,7 @@ def train(
     from mar.steps import train_to_folder
 
     rate = PEAK_RATES[kind] if lr is None else lr
-    config = TrainConfig(tokens=tokens, lr=rate, batch_size=batch_size, weight_decay=0.0)
+    config = TrainConfig(tokens=tokens, lr=rate, batch_size=batch_size, weight_decay=0.0, precision=precision)
     config = replace(config, warmup_steps=min(100, config.steps(length) // 10))
     stage = StageConfig(
         kind,

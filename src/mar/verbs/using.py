@@ -309,11 +309,12 @@ def _say_usage(model: Any) -> dict[str, float]:
 
 
 def info() -> Result:
-    """Versions, CPU features, the native core's variant, and the backend of every op, each with its reason."""
+    """Versions, CPU features, the faster precision to train in, the native core's variant, every op's backend."""
     import torch
 
     from mar import kernels
     from mar.kernels import native
+    from mar.precision import faster_precision, matmul_rates
 
     core: dict[str, Any] = {"name": None, "reason": native.REASON, "features": []}
     if native.core is not None:
@@ -324,6 +325,7 @@ def info() -> Result:
         flags = re.search(r"^flags\s*:(.*)$", cpuinfo.read_text(), re.MULTILINE)
         wanted = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8")
         features = [flag for flag in wanted if flags and flag in flags.group(1).split()]
+    per_second = " and ".join(f"{rate:.0f} in {name}" for name, rate in matmul_rates("cpu").items())
     return {
         "versions": {name: version(name) for name in ("mar", "torch", "transformers", "accelerate")},
         "python": platform.python_version(),
@@ -331,6 +333,7 @@ def info() -> Result:
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cpu_features": features,
+        "training": f"{faster_precision('cpu')}: matrix products at {per_second} GFLOP/s",
         "native": core | {"features": " ".join(core["features"])},
         "backends": kernels.backends(),
     }
