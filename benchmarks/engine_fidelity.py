@@ -16,6 +16,7 @@ In fp32 what differs then must lie within NEAR of a threshold; the other precisi
 from __future__ import annotations
 
 import argparse
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -198,7 +199,8 @@ def measure(
         precision: Engine.from_pretrained(student, precision=precision, head=head, threads=threads)
         for precision in precisions
     }
-    for ids in windows:
+    for number, ids in enumerate(windows, 1):
+        print(f"window {number} of {len(windows)}", file=sys.stderr, flush=True)  # one takes minutes
         truth = run_torch(model, ids)
 
         def compare(name: str, way: str, run: Run, truth: Run = truth, ids: Tensor = ids) -> None:

@@ -121,7 +121,9 @@ def test_insert_does_what_the_recipe_s_settings_do(folders: Folders, teacher: Te
     train(folders | {"spiking": tmp_path / "spiking"}, tmp_path / "trained", "spike", teacher=folders["dense"])
 
 
-def test_retune_changes_what_is_given_and_keeps_the_rest(folders: Folders, tmp_path: Path) -> None:
+def test_retune_changes_what_is_given_and_keeps_the_rest(
+    folders: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     text, own = str(folders["text"]), load_student(folders["spiking"])
     for neuron in own.config.neurons.values():
         neuron |= {"surrogate": "arctan"}
@@ -141,6 +143,9 @@ def test_retune_changes_what_is_given_and_keeps_the_rest(folders: Folders, tmp_p
     kept = provenance(tmp_path / "other")
     assert (kept["step"], kept["parent"]["sha256"]) == ("retune_neurons", digest(tmp_path / "own"))
     assert kept["settings"] == {**changes, "spike_budget": None, "text": text, "tokens": 200}
+    capsys.readouterr()
+    verbs.retune(tmp_path / "own", tmp_path / "silent", text=text, tokens=200, spike_budget=1e-9)
+    assert "8 of 8 neuron sites never fired on the first row, in_proj of layer 0 among them" in capsys.readouterr().err
     with pytest.raises(ValueError, match="no neurons at 'middle' to retune; the model has them at down_proj, gate_up"):
         verbs.retune(tmp_path / "own", tmp_path / "x", text=text, per_site=["middle.time_steps=3"])
 

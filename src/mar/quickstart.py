@@ -11,7 +11,6 @@ import math
 import os
 import platform
 import shutil
-import sys
 import time
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -27,6 +26,7 @@ from mar.checkpoint import write_json_atomically
 from mar.folder import load_student
 from mar.precision import resolve_precision
 from mar.processes import this_process
+from mar.quiet import say
 from mar.recipe import Recipe, debug_size, read_recipe
 from mar.refinement import refine
 from mar.report import ModelRow, QuickReport, html_report, terminal_table
@@ -81,7 +81,7 @@ def refine_and_measure(recipe: Recipe, output: Path) -> dict[str, Any]:
     for student in students.values():
         student.to(process.device)  # type: ignore[arg-type]
     rows, text = held_out or evaluation_rows(recipe, output, teacher)
-    _say(f"Measuring on {rows['input_ids'].numel():,} tokens of {text}.")
+    say(f"Measuring on {rows['input_ids'].numel():,} tokens of {text}.")
     precision = resolve_precision("auto", teacher.model.device)
     figures = measure(students, teacher, rows, text, precision=precision)
     models: dict[str, Any] = {"teacher": teacher.model, **students}
@@ -109,7 +109,7 @@ def write_report(folder: Path) -> dict[str, Any]:
     for name, text in report.samples.items():
         console.print(f"[bold]{name}[/bold] · {SAMPLE_PROMPT}")
         console.print(text.strip(), markup=False)
-    _say(f"Report: {folder / 'report.html'}")
+    say(f"Report: {folder / 'report.html'}")
     return {"report": str(folder / "report.html")}
 
 
@@ -187,7 +187,7 @@ def announce(recipe: Recipe, output: Path, teacher: Teacher) -> None:
     free = shutil.disk_usage(output if output.exists() else Path.cwd()).free
     if free < disk:
         raise OSError(f"The run needs about {disk / 1e9:.1f} GB of disk and {free / 1e9:.1f} GB are free; make room.")
-    _say(
+    say(
         f"{recipe.name}: about {minutes:.0f} minutes on this machine (estimated), {disk / 1e9:.1f} GB of disk, "
         f"{memory / 1e9:.1f} GB of memory. Results go to {output}. Ctrl-C stops; the same command goes on."
     )
@@ -215,7 +215,3 @@ def estimate_minutes(recipe: Recipe, size: int) -> float:
         # Decoding is bound by memory: measured, a written token takes about as long as an aligned one.
         work += WORK["align"] * (recipe.writing.tokens + recipe.writing.held_out_tokens)
     return work * size / (rate * EFFICIENCY) / 60 + 1
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

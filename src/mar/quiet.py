@@ -1,6 +1,6 @@
-"""Other libraries kept off the screen while they load and evaluate models.
+"""What a run shows on stderr: a line of its own, and other libraries' lines not.
 
-Does: silence transformers, datasets and lm-eval for a block. Does not: hide errors, or anything that mar says itself.
+Does: silence transformers, datasets and lm-eval for a block; say where a run stands. Does not: hide errors.
 """
 
 from __future__ import annotations
@@ -11,6 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from transformers.utils import logging as transformers_logging
+
+
+def say(text: str) -> None:
+    """One line on stderr, at once: stdout is for results."""
+    print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -6,7 +6,6 @@ Does: what the verbs of these names do, and refuse folders that do not fit each 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from mar.insertion import insert_neurons, retune_neurons
 from mar.layers import input_moments
 from mar.model import MarForCausalLM
 from mar.processes import this_process
+from mar.quiet import say
 from mar.recipe import SPIKING, NeuronSettings, StageConfig, site_changes
 from mar.refinement import build_objective
 from mar.sources import DataConfig
@@ -45,7 +45,7 @@ def convert_to_folder(source: str, output: Path, preset: str, init: str, text: s
         student = convert_llama(teacher.model, preset, init)
         tokenizer, origin = teacher.tokenizer, teacher.source
         if text is not None:
-            _say(f"Calibrating mixers on the first rows of {text}.")
+            say(f"Calibrating mixers on the first rows of {text}.")
             rows = PackedRows(DataConfig(source=text), tokenizer)
             calibrate_mixers(student, teacher.model, next(iter(rows.batches(4))))
     provenance = {"step": "convert", "settings": {"preset": preset, "init": init, "text": text}, "parent": origin}
@@ -105,7 +105,7 @@ def _spiking_to_folder(
     _refuse_taken(output)
     student, tokenizer = load_student(model), load_tokenizer(model)
     rows = PackedRows(DataConfig(source=text), tokenizer, vocab_size=student.config.vocab_size)
-    _say(f"Setting thresholds on {tokens:,} tokens of {text}.")
+    say(f"Setting thresholds on {tokens:,} tokens of {text}.")
     spiking = make(student, rows)
     provenance = {
         "step": step,
@@ -116,7 +116,13 @@ def _spiking_to_folder(
     rows.rewind()
     with SpikeMonitor(spiking, f"the first tokens of {text}") as monitor, torch.inference_mode():
         spiking(**next(iter(rows.batches(1))))
-    totals = monitor.summary().totals
+    summary = monitor.summary()
+    if silent := [f"{site.site} of layer {site.layer}" for site in summary.sites if not site.spikes]:
+        say(
+            f"{len(silent)} of {len(summary.sites)} neuron sites never fired on the first row, {silent[0]} among them, "
+            "so their linears see nothing; a larger spike budget wakes them."
+        )
+    totals = summary.totals
     rates = {"spikes_per_mac": totals.spikes_per_mac, "nonzero_per_mac": totals.nonzero_per_mac}
     save_student(spiking, tokenizer, output, {**provenance, "tokens": 0, "metrics": rates})
     return spiking, rates
@@ -136,12 +142,12 @@ def pack_to_folder(
     settings: dict[str, Any] = dict(compact)
     moments = None
     if text is not None:
-        _say(f"Running {tokens:,} tokens of {text} through {model}.")
+        say(f"Running {tokens:,} tokens of {text} through {model}.")
         rows = PackedRows(DataConfig(source=text), tokenizer, vocab_size=student.config.vocab_size)
         moments = input_moments(student, rows.batches(1), tokens)
         settings |= {"text": text, "tokens": tokens}
     provenance = {"step": "pack", "settings": settings, "parent": _source(model), "teacher": _teacher(model)}
-    _say(f"Rounding to {precision}.")
+    say(f"Rounding to {precision}.")
     save_student(student, tokenizer, output, {**provenance, "tokens": 0, "metrics": {}}, compact, moments)
     return sum(file.stat().st_size for file in output.iterdir())
 
@@ -190,10 +196,6 @@ def train_to_folder(stage: StageConfig, student: Path, output: Path, teacher: st
         save_student(model.eval(), tokenizer, output, {**provenance, "tokens": metrics["tokens"], "metrics": metrics})
     process.wait_for_everyone()
     return metrics
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def _refuse_taken(output: Path) -> None:

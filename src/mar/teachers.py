@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, GgufConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from mar.quiet import quiet
+from mar.quiet import quiet, say
 from mar.weights import PICKLES, weight_files
 
 REQUIRED_KEYS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
@@ -87,13 +87,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mar"
 
 
-def _print_to_stderr(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def load_teacher(
-    name: str | Path, dtype: torch.dtype = torch.float32, say: Callable[[str], object] = _print_to_stderr
-) -> Teacher:
+def load_teacher(name: str | Path, dtype: torch.dtype = torch.float32, say: Callable[[str], object] = say) -> Teacher:
     """Load a teacher by its name here (`smollm2-135m`), local folder, GGUF file, or hub id (`owner/name[@revision]`).
 
     `say` is told, in one line each, about steps that take long (a first download).
