@@ -53,7 +53,7 @@ def float_weights(folder: Path) -> dict[str, np.ndarray]:
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.integers(0, 2**32 - 1), st.integers(1, 90), st.integers(1, 150), st.floats(0, 12))
+@given(st.integers(0, 2**32 - 1), st.integers(1, 90), st.integers(1, 150), st.floats(0, 9))
 def test_int4_is_stored_without_loss(seed: int, outputs: int, inputs: int, spread: float) -> None:
     """Its bytes are read here as the module's docstring has them, whatever the sizes of the rows."""
     random = np.random.default_rng(seed)
@@ -92,6 +92,8 @@ def test_the_engine_packs_the_very_codes(folders: Path, name: str, combination: 
     folder = folders / f"{name}-{precision}-{head}"
     wanted = pack.pack_settings(folder, None, None, True)
     assert (wanted.precision, wanted.head) == (precision, pack.TWO_STEP if head == "int8" else head)
+    assert pack.pack_settings(folder, precision, None, True) == wanted
+    assert pack.pack_settings(folder, "fp32", None, True).head is None
     config, weights, _ = pack.read_folder(folder)
     arrays = pack.pack(config, weights, wanted)
     floats = float_weights(folders / name)

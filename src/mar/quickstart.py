@@ -69,6 +69,8 @@ def refine_and_measure(recipe: Recipe, output: Path) -> dict[str, Any]:
     process = this_process()
     with process.main_process_first():
         teacher = load_teacher(recipe.teacher)
+    # Agreed on by all processes, so before the others leave.
+    precision = resolve_precision("auto", process.device)  # type: ignore[arg-type]
     if process.is_main_process:
         announce(recipe, output, teacher)
     # Text that is there already is read before the hours of training, because it may turn out to be missing or short.
@@ -82,7 +84,6 @@ def refine_and_measure(recipe: Recipe, output: Path) -> dict[str, Any]:
         student.to(process.device)  # type: ignore[arg-type]
     rows, text = held_out or evaluation_rows(recipe, output, teacher)
     say(f"Measuring on {rows['input_ids'].numel():,} tokens of {text}.")
-    precision = resolve_precision("auto", teacher.model.device)
     figures = measure(students, teacher, rows, text, precision=precision)
     models: dict[str, Any] = {"teacher": teacher.model, **students}
     figures["samples"] = {name: sample(model, teacher.tokenizer, SAMPLE_PROMPT) for name, model in models.items()}

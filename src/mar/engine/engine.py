@@ -70,9 +70,9 @@ class Engine:
 
         precision: of the decoder's linears, `fp32`, `bf16`, `int8` or `int4`; None for what a compact folder holds, and
         for int8 of any other. head: of embedding and head, one of these or `int4+int8` (int8 in two steps, for single
-        tokens); None for the linears' or what a compact folder holds, in two steps where that is int8. neurons: False
-        runs the same weights dense: not the dense model they came from, as training and budgets have changed them.
-        threads: None takes the cores this process may use.
+        tokens); None for the linears', or for a compact folder's own where its linears are of that precision, in two
+        steps where that is int8. neurons: False runs the same weights dense: not the dense model they came from, as
+        training and budgets have changed them. threads: None takes the cores this process may use.
         Raises FileNotFoundError or ValueError, in one sentence, for what is no MAR folder or cannot be run.
         """
         settings = pack_settings(Path(folder), precision, head, neurons)

@@ -90,15 +90,16 @@ def _bulk_precision(head: str) -> str:
 
 
 def pack_settings(folder: Path, precision: str | None, head: str | None, neurons: bool) -> PackSettings:
-    """Precision None stands for what a compact folder holds, its head with it (int8 in two steps), else for int8."""
-    if precision is not None:
-        return PackSettings(precision, head, neurons)
+    """Precision None stands for what a compact folder holds, else for int8; head None, where the precision is what a
+    compact folder holds, for the folder's own head, int8 in two steps: rounding it to the linears' int4 costs far more
+    than they do."""
     file = _files(folder)[0]
     compact = _config(file, file.read_bytes()).get("compact")
     stored: dict[str, str] = compact if isinstance(compact, dict) else {}
-    if head is None and "head" in stored:
+    precision = precision or stored.get("precision", "int8")
+    if head is None and "head" in stored and precision == stored.get("precision"):
         head = _in_two_steps(stored["head"])
-    return PackSettings(stored.get("precision", "int8"), head, neurons)
+    return PackSettings(precision, head, neurons)
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Array], str]:
