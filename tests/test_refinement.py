@@ -441,7 +441,8 @@ def test_settings_reach_their_objective(teacher: Teacher, short: Path) -> None:
     objective: Any = build_objective(StageConfig("spike", **settings), spiking, teacher.model, dense)
     assert {name: getattr(objective, name) for name in settings} == settings
     assert (objective.teacher is dense, objective.against) == (True, "dense")
-    objective = build_objective(StageConfig("spike", teacher="llama"), spiking, teacher.model, dense)
+    by_llama = StageConfig("spike", teacher="llama", train=TrainConfig(precision="bf16"))
+    objective = build_objective(by_llama, spiking, teacher.model, dense)
     assert (objective.alpha, objective.against) == (0.2, "llama")
     # The copy that teaches is in bf16; the caller's stays as it was, for evaluation.
     assert objective.teacher.dtype == torch.bfloat16
