@@ -1,8 +1,8 @@
 """Which precision training is faster in here.
 
 Does: time matrix products in bf16 and fp32 once a process. Does not: autocast, or overrule settings that name one.
-Many CPUs have bf16 only in name: without AMX one runs it at half the rate of fp32, and without BF16 instructions at a fifth
-(docs/lab-log.md).
+Some CPUs have bf16 only in name: one without AMX runs it at half the rate of fp32, and at a fifth if kept from its BF16
+instructions (docs/lab-log.md).
 """
 
 from __future__ import annotations
