@@ -278,7 +278,7 @@ struct LinearAlone {
     nb::dict settings;
     settings["panel"] = panel;
     linear = Reader(settings, arrays, kept).linear("linear", precision, inputs, outputs);
-    for (auto& listing : listings) listing.reserve(linear.inputs, linear.outputs(), threads);
+    for (auto& listing : listings) listing.reserve(linear.inputs, linear.outputs());
   }
 
   void multiply(Codes codes, bool all, Logits out) {
@@ -339,6 +339,7 @@ NB_MODULE(_native, m) {
       .def_prop_ro("code_count", [](const Engine& e) { return e.model.code_count(); })
       .def_prop_ro("outputs", [](const Engine& e) { return e.model.head.outputs(); })
       .def_prop_ro("threads", [](const Engine& e) { return e.model.threads(); })
+      .def_prop_ro("crossover", [](const Engine& e) { return e.model.crossover(); })
       .def("reset_counts", &Engine::reset_counts)
       .def("counted_tokens", [](const Engine& e) { return e.model.counted_tokens; })
       .def("counts", &Engine::counts);

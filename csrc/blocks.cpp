@@ -165,7 +165,7 @@ namespace {
 
 template <int M>
 inline void tile_i4(const std::int8_t* codes, std::size_t stride, const std::uint8_t* weights, int quads,
-                    const std::uint16_t* scales, std::size_t scale_stride, const std::int32_t* sums, int groups,
+                    const std::uint16_t* scales, std::size_t scale_stride, bool odd, const std::int32_t* sums, int groups,
                     const float* token_scales, float* out, std::size_t out_stride) {
   F totals[M][4] = {};
   for (int g = 0; g < groups; ++g) {
@@ -174,13 +174,11 @@ inline void tile_i4(const std::int8_t* codes, std::size_t stride, const std::uin
     for (auto& row : acc)
       for (auto& one : row) one = _mm512_setzero_si512();
     dots<M>(codes + g * kGroup, stride, weights + g * kQuads * 256, std::min(kQuads, quads - g * kQuads), acc);
-    // Scales in the order of the registers: four outputs of each 128-bit lane.
-    __m512i raw[4], mixed[4];
-    for (int v = 0; v < 4; ++v) raw[v] = (__m512i)bf16_to_float(scales + g * scale_stride + v * kLanes);
-    in_order(raw[0], raw[1], raw[2], raw[3], mixed);
-    for (int m = 0; m < M; ++m)
-      for (int v = 0; v < 4; ++v)
-        totals[m][v] += to_float((I)acc[m][v] - 8 * sums[m * groups + g]) * (F)mixed[v];
+    for (int v = 0; v < 4; ++v) {
+      const __m512i pairs = load<__m512i>(scales + g * scale_stride + v * 2 * kLanes);
+      const F scale = (F)(odd ? _mm512_andnot_si512(_mm512_set1_epi32(0xffff), pairs) : _mm512_slli_epi32(pairs, 16));
+      for (int m = 0; m < M; ++m) totals[m][v] += to_float((I)acc[m][v] - 8 * sums[m * groups + g]) * scale;
+    }
   }
   for (int m = 0; m < M; ++m) {
     F ordered[4];
@@ -210,8 +208,8 @@ void block_i4(Block block, int inputs, const std::uint16_t* scales, std::size_t 
       }
     }
 #define MAR_CALL(M)                                                                                              \
-  tile_i4<M>(codes + static_cast<std::size_t>(m) * inputs, inputs, scratch, quads, scales + s * kSlice,          \
-             scale_stride, sums + static_cast<std::size_t>(m) * groups, groups,                                  \
+  tile_i4<M>(codes + static_cast<std::size_t>(m) * inputs, inputs, scratch, quads, scales + s / 2 * 2 * kSlice,  \
+             scale_stride, s % 2 != 0, sums + static_cast<std::size_t>(m) * groups, groups,                                  \
              token_scales ? token_scales + m : nullptr, out + m * out_stride + s * kSlice, out_stride)
     MAR_TILES(3, MAR_CALL)
 #undef MAR_CALL

@@ -22,6 +22,13 @@ struct Block {
   int slices;
 };
 
+// Where output j of two slices, 0 to 127, has its scale in int4: as four interleaved rows leave outputs in registers, and
+// of every register's place the first slice's beside the second's.
+constexpr int scale_place(int j) {
+  const int column = j % kSlice;
+  return 2 * (column / 4 % 4 * 16 + column / 16 * 4 + column % 4) + j / kSlice;
+}
+
 // The rows that are asked for, in ascending order: input index[r] times value[r]. In integer precisions codes[r] is the
 // value, and `count` is a multiple of kQuad (filled up with code 0). A null index means rows 0, 1, ... count - 1.
 struct Rows {
@@ -32,7 +39,7 @@ struct Rows {
 };
 
 // How an int4 list falls into groups of inputs that share scales: `ends` in the list, ascending and none of them empty;
-// sums of the codes of each; bf16 scales of the block's outputs, `scale_stride` apart from group to group of inputs.
+// sums of the codes of each; bf16 scales of the block's outputs by `scale_place`, `scale_stride` apart from group to group.
 struct Groups {
   const int* ends;
   const std::int32_t* sums;

@@ -4,14 +4,6 @@
 
 namespace mar {
 
-namespace {
-
-// Share of rows from which it pays to read all of them in the order of memory: one thread alone has all of the memory's
-// speed then, several share it (benchmarks/event_linear.py).
-constexpr double kMostAlone = 0.33, kMostOfSeveral = 0.45;
-
-}  // namespace
-
 std::size_t Linear::slice_bytes() const {
   switch (precision) {
     case Precision::f32: return kSlice * 4;
@@ -41,8 +33,7 @@ Range share_slices(const Linear& linear, int part, int parts) {
   return {units.begin * unit, units.end * unit};
 }
 
-void Listing::reserve(int inputs, int outputs, int threads) {
-  most_ = threads == 1 ? kMostAlone : kMostOfSeveral;
+void Listing::reserve(int inputs, int outputs) {
   // Up to three more for every group that has to be filled up to a quad; and whole groups.
   const int most = inputs + (inputs / kGroup + 2) * kQuad + 2 * kGroup;
   index_.resize(most);
@@ -58,6 +49,7 @@ void Listing::list(const Kernels& k, const Site& site, const float* x, int begin
   std::int8_t* codes = codes_.data();
   token_scale_ = 1.0f;
   spikes_ = nonzero_ = 0;
+  piece_ = {};
   if (!site.threshold && !linear.integer()) {
     for (int i = begin; i < end; ++i) {
       index_[i - begin] = i;

@@ -24,7 +24,7 @@ struct Linear {
   int slices;                 // outputs / 64, filled up
   int panel;                  // slices of a full panel
   const std::uint8_t* weights;
-  const void* scales;         // i8: float a output; i4: bf16 [group][output]; else null
+  const void* scales;         // i8: float a output; i4: bf16 [group][output], of two slices by scale_place; else null
   const float* bias;          // slices * 64, or null
   Stream stream;              // i4: the same weights once more, for inputs that ask for most of them; else empty
 
@@ -35,6 +35,10 @@ struct Linear {
   std::size_t weight_bytes() const { return static_cast<std::size_t>(rows) * slices * slice_bytes(); }
   std::size_t scale_bytes() const;
   Block block(int slice, int count) const;  // within one panel
+  std::size_t scale_index(int group, int output) const {  // int4
+    constexpr int two = 2 * kSlice;
+    return static_cast<std::size_t>(group) * outputs() + output / two * two + scale_place(output % two);
+  }
 };
 
 // Where a neuron may sit. Without thresholds the linear sees dense values.
@@ -93,7 +97,8 @@ class Lines {
 // The rows of one site's input that ask for weights. One of these belongs to one thread.
 class Listing {
  public:
-  void reserve(int inputs, int outputs, int threads);  // the most of any linear; how many work side by side
+  void reserve(int inputs, int outputs);  // the most of any linear
+  void read_whole_above(double share) { most_ = share; }  // of rows asked for, where a linear can be read so; at first 1
 
   // Rows [begin, end) of x: encoded by the site's neuron, else quantised (over the whole of x) or as they are.
   // given: codes to use instead of the neuron's; taken: where to write the neuron's; both over all inputs, or null.
@@ -120,7 +125,7 @@ class Listing {
   Rows rows_{};
   Piece piece_{};  // of the stream that is read, where its groups are not 0
   float token_scale_ = 1.0f;
-  double most_ = 0;  // share of rows that are listed, before all are read
+  double most_ = 1;  // share of rows that are listed, before all are read
   std::int64_t spikes_ = 0, nonzero_ = 0;
 };
 

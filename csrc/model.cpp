@@ -8,6 +8,7 @@
 #include <limits>
 #include <stdexcept>
 
+#include "crossover.hpp"
 #include "model_parts.hpp"
 
 namespace mar {
@@ -47,11 +48,16 @@ void Model::finish() {
     t->scratch.resize(head_scratch(shape.width, shape.size));
     t->partial_out.resize(most);
     t->partial_down.resize(most);
-    t->listing.reserve(most, widest, pool_->size());
+    t->listing.reserve(most, widest);
     t->codes.resize(most);
     t->counts.resize(layers.size() * kSites);
     threads_.push_back(std::move(t));
   }
+  std::vector<const Linear*> linears;
+  for (const auto& layer : layers)
+    for (const Site* site : {&layer.in_proj, &layer.out_proj, &layer.gate_up, &layer.down_proj}) linears.push_back(&site->linear);
+  crossover_ = mar::crossover(*kernels_, *pool_, linears);
+  for (auto& thread : threads_) thread->listing.read_whole_above(crossover_);
   hidden_.resize(most);
   projected_.resize(shape.channels() + shape.inner() + 2 * kSlice);
   mixed_.resize(most);
@@ -124,8 +130,7 @@ void Model::embed(std::int32_t token, int begin, int end, float* to) const {
       case Precision::i8: to[i] = (row[column] - 128) * static_cast<const float*>(head.scales)[token]; break;
       case Precision::i4: {
         const int packed = row[column];
-        const std::uint16_t scale =
-            static_cast<const std::uint16_t*>(head.scales)[static_cast<std::size_t>(i / kGroup) * head.outputs() + token];
+        const std::uint16_t scale = static_cast<const std::uint16_t*>(head.scales)[head.scale_index(i / kGroup, token)];
         to[i] = ((slice % 2 ? packed >> 4 : packed & 15) - 8) * from_bf16(scale);
         break;
       }

@@ -59,7 +59,7 @@ class Model {
 
   Model(const Kernels* kernels, int threads);
   ~Model();
-  void finish();  // after the fields are set: allocate what a token needs
+  void finish();  // after the fields are set: allocate what a token needs, and time how linears are best read
 
   State new_state() const;
   std::size_t conv_floats() const;
@@ -77,6 +77,7 @@ class Model {
                float* logits);
 
   int threads() const { return pool_->size(); }
+  double crossover() const { return crossover_; }  // share of codes not zero above which linears are read whole
   std::vector<Counts> counts() const;  // layers x kSites
   void reset_counts();
   std::int64_t counted_tokens = 0;
@@ -97,6 +98,7 @@ class Model {
   std::shared_ptr<Pool> pool_;
   std::vector<std::unique_ptr<Thread>> threads_;
   std::unique_ptr<Wide> wide_;
+  double crossover_ = 1;
   std::vector<float> hidden_, projected_, mixed_, product_, rough_;
 };
 

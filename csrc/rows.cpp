@@ -8,8 +8,8 @@ namespace mar::MAR_VARIANT {
 namespace {
 
 // Rows that are worked on together, slice by slice, their sums in registers. What is read next is called into the
-// second-level cache meanwhile: rows that are skipped break the hardware's own streams.
-constexpr int kTogether = 16;
+// first-level cache meanwhile: rows that are skipped break the hardware's own streams.
+constexpr int kTogether = 8;
 constexpr int kMostTogether = kGroup + kQuad;
 
 inline const std::uint8_t* row_at(Block block, Rows rows, int r) {
@@ -20,7 +20,8 @@ inline const std::uint8_t* row_at(Block block, Rows rows, int r) {
 // end_of(start): where the block ends that starts there.
 template <int Bytes, typename EndOf, typename Work>
 inline void by_blocks(Block block, Rows rows, EndOf end_of, Work work) {
-  const std::uint8_t *now[kMostTogether], *next[kMostTogether];
+  const std::uint8_t* held[2][kMostTogether];
+  const std::uint8_t **now = held[0], **next = held[1];
   auto fetch = [&](int start, const std::uint8_t** to) {
     const int count = start < rows.count ? end_of(start) - start : 0;
     for (int r = 0; r < count; ++r) to[r] = row_at(block, rows, start + r);
@@ -31,11 +32,11 @@ inline void by_blocks(Block block, Rows rows, EndOf end_of, Work work) {
     const int after = fetch(start + count, next);
     for (int s = 0; s < block.slices; ++s) {
       for (int r = 0; r < after; ++r)
-        for (int line = 0; line < Bytes; line += 64) __builtin_prefetch(next[r] + s * Bytes + line, 0, 2);
+        for (int line = 0; line < Bytes; line += 64) __builtin_prefetch(next[r] + s * Bytes + line, 0, 3);
       work(s, now, count, start);
     }
     start += count;
-    std::copy(next, next + after, now);
+    std::swap(now, next);
     count = after;
   }
 }
@@ -43,7 +44,7 @@ inline void by_blocks(Block block, Rows rows, EndOf end_of, Work work) {
 template <int Bytes>
 inline void rows_float(Block block, Rows rows, float* acc) {
   std::fill(acc, acc + block.slices * kSlice, 0.0f);
-  const auto end_of = [&](int start) { return std::min(start + kTogether / 2, rows.count); };
+  const auto end_of = [&](int start) { return std::min(start + kTogether, rows.count); };
   by_blocks<Bytes * kSlice>(block, rows, end_of, [&](int s, const std::uint8_t* const* row, int count, int start) {
     float* to = acc + s * kSlice;
     F sums[4];
@@ -61,6 +62,9 @@ inline void rows_float(Block block, Rows rows, float* acc) {
     for (int k = 0; k < 4; ++k) store(to + k * kLanes, sums[k]);
   });
 }
+
+// How far ahead a stream is called in, in bytes: the hardware's own calls end at a page, before what this takes to come.
+constexpr int kAhead = 8192;
 
 // Where a stream's pieces lie, and how many quads of inputs a group has.
 constexpr int kLines = kQuad * kSlice;  // bytes of one quad of inputs and two slices
@@ -103,49 +107,61 @@ void rows_i8(Block block, Rows rows, std::int32_t* acc) {
       const __m512i codes = four_codes(rows.codes + start + r);
       for (int k = 0; k < 4; ++k) sums[k] = _mm512_dpbusd_epi32(sums[k], mixed[k], codes);
     }
-    __m512i out[4];
-    in_order(sums[0], sums[1], sums[2], sums[3], out);
     for (int k = 0; k < 4; ++k) {
       std::int32_t* to = acc + s * kSlice + k * kLanes;
-      store(to, load<I>(to) + (I)out[k]);
+      store(to, load<I>(to) + (I)sums[k]);
     }
   });
+  for (int s = 0; s < block.slices; ++s) {
+    std::int32_t* to = acc + s * kSlice;
+    I ordered[4];
+    in_order(load<I>(to), load<I>(to + kLanes), load<I>(to + 2 * kLanes), load<I>(to + 3 * kLanes), ordered);
+    for (int k = 0; k < 4; ++k) store(to + k * kLanes, ordered[k]);
+  }
 }
 
+// A byte holds a weight of each slice, in its low and high nibble. Bytes as they are give both sums at once, the high
+// nibble's sixteen times; nibbles left high give that one alone.
 void rows_i4(Block block, Rows rows, Groups groups, float* out) {
-  const __m512i low_half = _mm512_set1_epi8(15);
+  const __m512i low_half = _mm512_set1_epi8(15), upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
   std::fill(out, out + block.slices * kSlice, 0.0f);
   int at = 0;
   const auto end_of = [&](int start) { return groups.end_after(start); };
   by_blocks<kSlice>({block.rows, block.stride, block.slices / 2}, rows, end_of,
                     [&](int s, const std::uint8_t* const* row, int count, int start) {
-    __m512i low[4], high[4];
-    for (int k = 0; k < 4; ++k) low[k] = high[k] = _mm512_setzero_si512();
+    while (groups.ends[at] <= start) ++at;
+    const std::size_t line = static_cast<std::size_t>(s) * kSlice;
+    __m512i both[4], high[4];
+    for (int k = 0; k < 4; ++k) {
+      both[k] = _mm512_set1_epi32(-8 * 17 * groups.sums[at]);
+      high[k] = _mm512_set1_epi32(-8 * 16 * groups.sums[at]);
+    }
     for (int r = 0; r < count; r += kQuad) {
-      const std::size_t line = static_cast<std::size_t>(s) * kSlice;
       __m512i mixed[4];
       interleave(load<__m512i>(row[r] + line), load<__m512i>(row[r + 1] + line), load<__m512i>(row[r + 2] + line),
                  load<__m512i>(row[r + 3] + line), mixed);
       const __m512i codes = four_codes(rows.codes + start + r);
       for (int k = 0; k < 4; ++k) {
-        low[k] = _mm512_dpbusd_epi32(low[k], _mm512_and_si512(mixed[k], low_half), codes);
-        // High nibbles are left where they are, sixteen times too large.
+        both[k] = _mm512_dpbusd_epi32(both[k], mixed[k], codes);
         high[k] = _mm512_dpbusd_epi32(high[k], _mm512_andnot_si512(low_half, mixed[k]), codes);
       }
     }
-    while (groups.ends[at] <= start) ++at;
     const int group = (rows.index ? rows.index[start] : start) / kGroup;
     const std::uint16_t* scales = groups.scales + group * groups.scale_stride + 2 * s * kSlice;
     float* to = out + 2 * s * kSlice;
-    __m512i ordered[4];
-    in_order(low[0], low[1], low[2], low[3], ordered);
-    for (int k = 0; k < 4; ++k, to += kLanes, scales += kLanes)
-      store(to, load<F>(to) + to_float((I)ordered[k] - 8 * groups.sums[at]) * bf16_to_float(scales));
-    in_order(high[0], high[1], high[2], high[3], ordered);
-    for (int k = 0; k < 4; ++k, to += kLanes, scales += kLanes)
-      store(to, load<F>(to) + to_float(((I)ordered[k] >> 4) - 8 * groups.sums[at]) * bf16_to_float(scales));
+    for (int k = 0; k < 4; ++k, to += kLanes, scales += 2 * kLanes) {
+      const __m512i pairs = load<__m512i>(scales);
+      store(to, load<F>(to) + to_float((I)both[k] - (I)high[k]) * (F)_mm512_slli_epi32(pairs, 16));
+      store(to + kSlice, load<F>(to + kSlice) + to_float((I)high[k]) * (F)_mm512_and_si512(pairs, upper));
+    }
     if (s + 1 == block.slices / 2) ++at;
   });
+  for (int s = 0; s < block.slices; ++s) {
+    float* to = out + s * kSlice;
+    F ordered[4];
+    in_order(load<F>(to), load<F>(to + kLanes), load<F>(to + 2 * kLanes), load<F>(to + 3 * kLanes), ordered);
+    for (int k = 0; k < 4; ++k) store(to + k * kLanes, s % 2 ? ordered[k] * 0.0625f : ordered[k]);
+  }
 }
 
 void stream_i4(Stream stream, Piece piece, const std::int8_t* codes, const std::int32_t* sums, float* out) {
@@ -161,13 +177,15 @@ void stream_i4(Stream stream, Piece piece, const std::int8_t* codes, const std::
       for (int quad = quads_of(stream, piece.group + group); quad > 0; --quad, line += kLines, code += kQuad) {
         const __m512i four = four_codes(code);
         for (int k = 0; k < 4; ++k) {
+          __builtin_prefetch(line + k * 64 + kAhead, 0, 3);
           const __m512i both = load<__m512i>(line + k * 64);
-          sum[k] = _mm512_dpbusd_epi32(sum[k], _mm512_and_si512(both, low_half), four);
-          sum[4 + k] = _mm512_dpbusd_epi32(sum[4 + k], _mm512_andnot_si512(low_half, both), four);  // sixteen times
+          sum[k] = _mm512_dpbusd_epi32(sum[k], both, four);
+          sum[4 + k] = _mm512_dpbusd_epi32(sum[4 + k], _mm512_andnot_si512(low_half, both), four);
         }
       }
       for (int k = 0; k < 8; ++k)
-        totals[k] += to_float((k < 4 ? (I)sum[k] : (I)sum[k] >> 4) - 8 * sums[group]) * bf16_to_float(scales + k * kLanes);
+        totals[k] += to_float((k < 4 ? (I)sum[k] - (I)sum[4 + k] : (I)sum[k] >> 4) - 8 * sums[group]) *
+                     bf16_to_float(scales + k * kLanes);
     }
     for (int k = 0; k < 8; ++k) store(out + k * kLanes, totals[k]);
   }
@@ -274,7 +292,7 @@ void rows_i4(Block block, Rows rows, Groups groups, float* out) {
     const int group = (rows.index ? rows.index[start] : start) / kGroup;
     const std::uint16_t* scales = groups.scales + group * groups.scale_stride + 2 * s * kSlice;
     for (int j = 0; j < 2 * kSlice; ++j)
-      out[2 * s * kSlice + j] += static_cast<float>(sums[j] - 8 * groups.sums[at]) * bf16_to_float(scales[j]);
+      out[2 * s * kSlice + j] += static_cast<float>(sums[j] - 8 * groups.sums[at]) * bf16_to_float(scales[scale_place(j)]);
     if (s + 1 == block.slices / 2) ++at;
   });
 }

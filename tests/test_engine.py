@@ -169,11 +169,12 @@ def test_spikes_of_replayed_codes_are_those_of_the_monitor(tmp_path: Path):
 @pytest.mark.parametrize("precision", pack.PRECISIONS)
 def test_rows_and_bytes_by_hand(precision: str, tmp_path: Path):
     """One thread. Single tokens: a row for each code that is not zero, filled up to fours, and in int4 all rows where
-    more than 0.33 are not zero. Many: each once a block.
+    more than the crossover are not zero. Many: each once a block.
     """
     model = spiking_model(intermediate_size=60)
     native = engine(model, tmp_path, precision)
-    config = model.config
+    config, crossover = model.config, native.crossover
+    assert 0 <= crossover <= 1
     inner, in_proj = config.inner_size, config.conv_size + config.inner_size
     shapes = {"in_proj": (40, in_proj), "out_proj": (inner, 40), "gate_up": (40, 128), "down_proj": (60, 40)}
     bytes_of = {"fp32": 4, "bf16": 2, "int8": 1, "int4": 0.5}[precision]
@@ -188,7 +189,7 @@ def test_rows_and_bytes_by_hand(precision: str, tmp_path: Path):
         for layer, part in enumerate(np.split(codes, config.num_hidden_layers)):
             for site, row in zip(shapes, np.split(part, np.cumsum([n for n, _ in shapes.values()])[:-1]), strict=True):
                 count = int((row != 0).sum())
-                whole = precision == "int4" and count > 0.33 * len(row)
+                whole = precision == "int4" and count > crossover * len(row)
                 expected[layer, site] += len(row) if whole else -(-count // in_fours) * in_fours
     for key, one in sites(native).items():
         assert one["rows"] == expected[key]

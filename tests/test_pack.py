@@ -122,10 +122,18 @@ def unpacked(stored: np.ndarray, scales: np.ndarray | None, precision: str, inpu
         assert scales is not None
         lines = matrix.reshape(rows, -1, SLICE)
         nibbles = np.stack([lines & 15, lines >> 4], axis=2).reshape(rows, -1)
-        values = (nibbles.astype(np.float32) - 8) * compact.from_bf16(scales).repeat(GROUP, axis=0)[:rows]
+        places = np.array([place_of_scale(output) for output in range(scales.shape[1])])
+        values = (nibbles.astype(np.float32) - 8) * compact.from_bf16(scales)[:, places].repeat(GROUP, axis=0)[:rows]
     assert not values[inputs:].any()
     assert not values[:, outputs:].any()
     return values[:inputs, :outputs].T
+
+
+def place_of_scale(output: int) -> int:
+    """csrc/kernels.hpp's scale_place, within each two slices."""
+    pair, within = divmod(output, 2 * SLICE)
+    half, column = divmod(within, SLICE)
+    return pair * 2 * SLICE + 2 * (column // 4 % 4 * 16 + column // 16 * 4 + column % 4) + half
 
 
 def streamed(packed: dict[str, np.ndarray], inputs: int, outputs: int) -> np.ndarray:

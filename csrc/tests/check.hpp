@@ -128,7 +128,7 @@ struct Weights {
       for (int group = 0; group < linear.groups(); ++group)
         for (int j = 0; j < 2 * mar::kSlice; ++j)
           lines_scales[(static_cast<std::size_t>(pair) * linear.groups() + group) * 2 * mar::kSlice + j] =
-              scales4[static_cast<std::size_t>(group) * linear.outputs() + pair * 2 * mar::kSlice + j];
+              scales4[linear.scale_index(group, pair * 2 * mar::kSlice + j)];
     stream.weights = lines.data();
     stream.scales = lines_scales.data();
   }
@@ -152,7 +152,7 @@ struct Weights {
       case mar::Precision::i8: return (row[column] - 128) * static_cast<double>(scales8[output]);
       default: {
         const int nibble = slice % 2 ? row[column] >> 4 : row[column] & 15;
-        return (nibble - 8) * static_cast<double>(from_bf16(scales4[input / mar::kGroup * linear.outputs() + output]));
+        return (nibble - 8) * static_cast<double>(from_bf16(scales4[linear.scale_index(input / mar::kGroup, output)]));
       }
     }
   }

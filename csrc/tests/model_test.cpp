@@ -69,7 +69,7 @@ struct Arrays {
         const mar::Block block = rough.linear.block(word / mar::kSlice / 2 * 2, 2);
         std::uint8_t& byte = rough.bytes[block.rows - rough.bytes.data() + block.stride * i + word % mar::kSlice];
         byte = static_cast<std::uint8_t>(word / mar::kSlice % 2 ? (byte & 15) | half << 4 : (byte & 240) | half);
-        rough.scales4[static_cast<std::size_t>(i / mar::kGroup) * rough.linear.outputs() + word] = to_bf16(16 * scale);
+        rough.scales4[rough.linear.scale_index(i / mar::kGroup, word)] = to_bf16(16 * scale);
       }
     rough.add_stream();
   }

@@ -132,7 +132,10 @@ def calibrate_mixers(student: MarForCausalLM, teacher: PreTrainedModel, batch: d
     """
     config = student.config
     if not config.decay_bias:
-        raise ValueError("calibrate_mixers sets decay biases, which this mixer has not; convert with decay_bias=True.")
+        raise ValueError(
+            "calibrate_mixers sets decay biases, which this mixer has not; "
+            "convert with decay_bias=True, or give no text."
+        )
     batch = {name: tensor.to(student.device) for name, tensor in batch.items()}
     ids = batch.get("document_ids")
     rates = torch.tensor(RATES, device=student.device)

@@ -42,7 +42,9 @@ SMALLEST = float(np.finfo(np.float32).tiny)
 class Engine:
     """A MAR model on the native core.
 
-    Not safe for calls from several threads on the same State; on different states calls take turns.
+    Not safe for calls from several threads on the same State; on different states calls take turns. `crossover` is the
+    share of codes not zero above which int4 linears are read whole, not by rows: measured when the engine is made. Only
+    speed and the counters' rows and bytes hang on it, no result.
     """
 
     def __init__(self, packed: Path, threads: int | None = None):
@@ -54,6 +56,7 @@ class Engine:
             raise ValueError(f"threads is {self.threads!r}; use 1 to {MOST_THREADS}.")
         self._source = str(header.get("source"))
         self._model = _native.Model(self.settings, arrays, self.threads)
+        self.crossover: float = self._model.crossover
         self.vocab_size: int = self.settings["vocab_size"]
 
     @classmethod

@@ -43,7 +43,8 @@ def pack_codes(*parts: Quantised) -> dict[str, Array]:
     """A quantised weight, or gate and up in turn, as panels of input-major rows, its "scales", in int4 its "stream".
 
     int8: q + 128, one fp32 scale an output. int4: q + 8, an even slice in low and the odd one after it in high nibbles,
-    one bf16 scale per GROUP inputs and output, shape (groups, outputs); and the same once more as `pack_stream` has it.
+    one bf16 scale per GROUP inputs and output, shape (groups, outputs), of two slices as `scale_place` in
+    csrc/kernels.hpp has it; and the same once more as `pack_stream` has it.
     """
     codes, scales = parts[0].codes, parts[0].scales
     if len(parts) == 2:
@@ -54,7 +55,9 @@ def pack_codes(*parts: Quantised) -> dict[str, Array]:
     rows = (filled(filled(codes, 2 * SLICE).T, QUAD) + 8).astype(np.uint8)
     halves = rows.reshape(len(rows), -1, 2, SLICE)
     stored = (halves[:, :, 0] | (halves[:, :, 1] << 4)).reshape(len(rows), -1)
-    found = {"weights": _panels(stored, PANEL // 2), "scales": np.ascontiguousarray(filled(scales, 2 * SLICE).T)}
+    # Of (half, a, b, c) in 2 x 4 x 4 x 4 outputs b comes first and half last.
+    in_place = filled(scales, 2 * SLICE).T.reshape(scales.shape[1], -1, 2, 4, 4, 4).transpose(0, 1, 4, 3, 5, 2)
+    found = {"weights": _panels(stored, PANEL // 2), "scales": in_place.reshape(scales.shape[1], -1)}
     return found | {f"stream.{name}": array for name, array in pack_stream(codes, scales).items()}
 
 

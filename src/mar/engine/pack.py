@@ -38,7 +38,7 @@ TWO_STEP = "int4+int8"
 """A head whose single tokens take all words in int4, then the likeliest in int8 (docs/engine.md)."""
 
 HEADS = (*PRECISIONS, TWO_STEP)
-MAGIC = b"MARPACK7"
+MAGIC = b"MARPACK8"
 START = len(MAGIC) + hashlib.sha256().digest_size
 """Where what the digest covers starts: the header's length in 8 bytes, the header, the arrays."""
 
