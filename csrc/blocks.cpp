@@ -163,10 +163,11 @@ void block_i8(Block block, int inputs, const float* scales, const std::int8_t* c
 
 namespace {
 
+// scales: fp32, of each group 64, in the order of the registers.
 template <int M>
 inline void tile_i4(const std::int8_t* codes, std::size_t stride, const std::uint8_t* weights, int quads,
-                    const std::uint16_t* scales, std::size_t scale_stride, bool odd, const std::int32_t* sums, int groups,
-                    const float* token_scales, float* out, std::size_t out_stride) {
+                    const float* scales, const std::int32_t* sums, int groups, const float* token_scales, float* out,
+                    std::size_t out_stride) {
   F totals[M][4] = {};
   for (int g = 0; g < groups; ++g) {
     constexpr int kQuads = kGroup / kQuad;
@@ -174,11 +175,9 @@ inline void tile_i4(const std::int8_t* codes, std::size_t stride, const std::uin
     for (auto& row : acc)
       for (auto& one : row) one = _mm512_setzero_si512();
     dots<M>(codes + g * kGroup, stride, weights + g * kQuads * 256, std::min(kQuads, quads - g * kQuads), acc);
-    for (int v = 0; v < 4; ++v) {
-      const __m512i pairs = load<__m512i>(scales + g * scale_stride + v * 2 * kLanes);
-      const F scale = (F)(odd ? _mm512_andnot_si512(_mm512_set1_epi32(0xffff), pairs) : _mm512_slli_epi32(pairs, 16));
-      for (int m = 0; m < M; ++m) totals[m][v] += to_float((I)acc[m][v] - 8 * sums[m * groups + g]) * scale;
-    }
+    for (int m = 0; m < M; ++m)
+      for (int v = 0; v < 4; ++v)
+        totals[m][v] += to_float((I)acc[m][v] - 8 * sums[m * groups + g]) * load<F>(scales + g * kSlice + v * kLanes);
   }
   for (int m = 0; m < M; ++m) {
     F ordered[4];
@@ -207,10 +206,17 @@ void block_i4(Block block, int inputs, const std::uint16_t* scales, std::size_t 
         store(scratch + (i * 4 + v) * 64, _mm512_and_si512(half, low_half));
       }
     }
-#define MAR_CALL(M)                                                                                              \
-  tile_i4<M>(codes + static_cast<std::size_t>(m) * inputs, inputs, scratch, quads, scales + s / 2 * 2 * kSlice,  \
-             scale_stride, s % 2 != 0, sums + static_cast<std::size_t>(m) * groups, groups,                                  \
-             token_scales ? token_scales + m : nullptr, out + m * out_stride + s * kSlice, out_stride)
+    float* floats = reinterpret_cast<float*>(scratch + static_cast<std::size_t>(quads) * 256);
+    for (int g = 0; g < groups; ++g)
+      for (int v = 0; v < 4; ++v) {
+        const __m512i pairs = load<__m512i>(scales + g * scale_stride + s / 2 * 2 * kSlice + v * 2 * kLanes);
+        const __m512i odd = _mm512_andnot_si512(_mm512_set1_epi32(0xffff), pairs);
+        store(floats + g * kSlice + v * kLanes, s % 2 ? odd : _mm512_slli_epi32(pairs, 16));
+      }
+#define MAR_CALL(M)                                                                                                  \
+  tile_i4<M>(codes + static_cast<std::size_t>(m) * inputs, inputs, scratch, quads, floats,                           \
+             sums + static_cast<std::size_t>(m) * groups, groups, token_scales ? token_scales + m : nullptr,         \
+             out + m * out_stride + s * kSlice, out_stride)
     MAR_TILES(3, MAR_CALL)
 #undef MAR_CALL
   }
