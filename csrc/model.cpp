@@ -56,6 +56,7 @@ void Model::finish() {
   std::vector<const Linear*> linears;
   for (const auto& layer : layers)
     for (const Site* site : {&layer.in_proj, &layer.out_proj, &layer.gate_up, &layer.down_proj}) linears.push_back(&site->linear);
+  linears.push_back(&head);  // the only one where the decoder is not in int4
   crossover_ = mar::crossover(*kernels_, *pool_, linears);
   for (auto& thread : threads_) thread->listing.read_whole_above(crossover_);
   hidden_.resize(most);
