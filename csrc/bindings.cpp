@@ -163,6 +163,10 @@ struct Engine {
     if (!(s.eps >= 0 && s.eps < 1)) throw std::invalid_argument("rms_norm_eps is no number from 0 to 1; pack the model again.");
     s.gain = read.integer("gain", 0) != 0;
     s.unit = read.integer("unit", 0) != 0;
+    s.window = read.integer("window", 0);
+    s.rotary_base = read.setting<double>("rotary_base");
+    if (s.window > (1 << 20) || (s.window && s.size % 2) || !(s.rotary_base > 0 && std::isfinite(s.rotary_base)))
+      throw std::invalid_argument("window, state_size and rotary_base make no window; pack the model again.");
     Reader::size("num_heads * (2 head_dim + 2 state_size)", 2 * static_cast<std::int64_t>(s.heads) * (s.width + s.size));
     model.shape = s;
     for (int i = 0; i < s.layers; ++i) {
@@ -248,7 +252,8 @@ struct Engine {
 
   void check(const mar::State* state) const {
     if (!state) throw std::invalid_argument("None is no state; make one with new_state().");
-    if (state->conv.size() != model.conv_floats() || state->ssm.size() != model.ssm_floats())
+    if (state->conv.size() != model.conv_floats() || state->ssm.size() != model.ssm_floats() ||
+        state->window.size() != model.window_floats())
       throw std::invalid_argument("The state belongs to a model of another shape; make it with this engine's new_state().");
   }
 
@@ -322,6 +327,7 @@ NB_MODULE(_native, m) {
       .def("copy", [](const mar::State& state) { return mar::State(state); })
       .def("conv", [](nb::handle_t<mar::State> self) { return view(nb::cast<mar::State&>(self).conv, self); })
       .def("ssm", [](nb::handle_t<mar::State> self) { return view(nb::cast<mar::State&>(self).ssm, self); })
+      .def("window", [](nb::handle_t<mar::State> self) { return view(nb::cast<mar::State&>(self).window, self); })
       .def("set_tokens", [](mar::State& state, std::int64_t tokens) { state.tokens = tokens; });
 
   nb::class_<LinearAlone>(m, "Linear")

@@ -81,6 +81,7 @@ void add(const float* x, int n, float* y) {
 
 extern const Kernels kernels;
 const Kernels kernels = {rms_norm, encode,  quantise, dot,       dot_i8,     add,      gated,    rows_f32,  rows_bf16,
-                         rows_i8,  rows_i4, stream_i4, block_f32, block_bf16, block_i8, block_i4, head_step, head_scan};
+                         rows_i8,  rows_i4, stream_i4, block_f32, block_bf16, block_i8, block_i4, head_step, head_scan,
+                         head_window};
 
 }  // namespace mar::MAR_VARIANT

@@ -89,6 +89,16 @@ struct Head {
   float* state;                // N x P
 };
 
+// What a head's attention over the last `tokens` tokens and the first one needs beside its Head.
+struct Window {
+  int tokens, width, size;  // the last so many, the current one included; P; N, even
+  int x, b, c;              // the head's first channel of each, before the convolution
+  const float* gate_bias;   // P
+  float* keys;              // N x window_stride(tokens): B, turned, of the first token and of the last ones
+  float* values;            // tokens + 1 x P: x of the same
+};
+inline int window_stride(int tokens) { return (tokens + 1 + 15) / 16 * 16; }
+
 struct Kernels {
   // y = x / sqrt(mean(x^2) + eps) * weight.
   void (*rms_norm)(const float* x, const float* weight, float eps, int n, float* y);
@@ -135,15 +145,23 @@ struct Kernels {
   void (*head_scan)(const Head& head, const float* xbc, std::size_t xbc_stride, const float* gate,
                     std::size_t gate_stride, const float* log_decay, std::size_t decay_stride, int tokens, float* y,
                     std::size_t y_stride, float* scratch);
+  // y += softmax(C . B of what is looked at) times x of the same, gated; for tokens from `position` of their sequence on.
+  // turns (tokens x N): for each pair of channels i and i + N / 2 the angle's cosine at i, its sine at i + N / 2.
+  void (*head_window)(const Window& window, const float* xbc, std::size_t xbc_stride, const float* gate,
+                      std::size_t gate_stride, const float* turns, std::int64_t position, int tokens, float* y,
+                      std::size_t y_stride, float* scratch);
 };
 
 // Tokens of one chunk of head_scan.
 constexpr int kChunk = 64;
 
-// Floats of scratch that head_scan needs (head_step needs less), and bytes that the block kernels need.
+// Floats of scratch that head_scan needs (head_step needs less), that head_window needs, and bytes that blocks need.
 inline std::size_t head_scratch(int width, int size) {
   const std::size_t p = (width + 15) / 16 * 16, n = (size + 15) / 16 * 16;
   return kChunk * (3 * p + 4 * n + kChunk + 8) + 16 * n;
+}
+inline std::size_t window_scratch(int tokens, int width, int size) {
+  return static_cast<std::size_t>(window_stride(tokens)) + 2 * (width + 16) + size;
 }
 inline std::size_t block_scratch(int inputs) { return (static_cast<std::size_t>(inputs) + 64) * kSlice * 4; }
 

@@ -45,7 +45,8 @@ void Model::finish() {
     t->hidden.resize(most);
     t->normed.resize(most);
     t->local.resize(2 * most + 2 * kSlice);
-    t->scratch.resize(head_scratch(shape.width, shape.size));
+    t->scratch.resize(head_scratch(shape.width, shape.size) + window_scratch(shape.window, shape.width, shape.size));
+    t->turns.resize(shape.size);
     t->partial_out.resize(most);
     t->partial_down.resize(most);
     t->listing.reserve(most, widest);
@@ -59,6 +60,7 @@ void Model::finish() {
   linears.push_back(&head);  // the only one where the decoder is not in int4
   crossover_ = mar::crossover(*kernels_, *pool_, linears);
   for (auto& thread : threads_) thread->listing.read_whole_above(crossover_);
+  for (int i = 0; i < shape.size / 2; ++i) rates_.push_back(std::pow(shape.rotary_base, -i / (shape.size / 2.0)));
   hidden_.resize(most);
   projected_.resize(shape.channels() + shape.inner() + 2 * kSlice);
   mixed_.resize(most);
@@ -78,6 +80,7 @@ State Model::new_state() const {
   State state;
   state.conv.assign(conv_floats(), 0.0f);
   state.ssm.assign(ssm_floats(), 0.0f);
+  state.window.assign(window_floats(), 0.0f);
   return state;
 }
 
@@ -159,6 +162,31 @@ Head Model::head_of(const Layer& layer, int index, float* conv, float* ssm) cons
   return head;
 }
 
+Window Model::window_of(State& state, int layer, int head) const {
+  float* own = state.window.data() + one_window() * (static_cast<std::size_t>(layer) * shape.heads + head);
+  Window window{};
+  window.tokens = shape.window;
+  window.width = shape.width;
+  window.size = shape.size;
+  window.x = head * shape.width;
+  window.b = shape.inner() + head * shape.size;
+  window.c = shape.inner() + (shape.heads + head) * shape.size;
+  window.gate_bias = layers[layer].gate_bias + head * shape.width;
+  window.keys = own;
+  window.values = own + static_cast<std::size_t>(shape.size) * window_stride(shape.window);
+  return window;
+}
+
+// Cosines and sines (N) of a position's angles.
+void Model::turn(std::int64_t position, float* to) const {
+  const int half = shape.size / 2;
+  for (int i = 0; i < half; ++i) {
+    const double angle = static_cast<double>(position) * rates_[i];
+    to[i] = static_cast<float>(std::cos(angle));
+    to[half + i] = static_cast<float>(std::sin(angle));
+  }
+}
+
 std::size_t Model::code_count() const {
   return static_cast<std::size_t>(shape.layers) * (2 * shape.hidden + shape.inner() + shape.ffn);
 }
@@ -216,6 +244,7 @@ void Model::step_thread(int thread, State& state, std::int32_t token, float* log
   float* h = t.hidden.data();
   std::memcpy(h, hidden_.data(), sizeof(float) * shape.hidden);
 
+  if (shape.window) turn(state.tokens, t.turns.data());
   const Range heads = share(shape.heads, thread, parts);
   const int first = static_cast<int>(heads.begin) * shape.width, last = static_cast<int>(heads.end) * shape.width;
   for (int index = 0; index < shape.layers; ++index) {
@@ -237,6 +266,10 @@ void Model::step_thread(int thread, State& state, std::int32_t token, float* log
       const float logit = k.dot(layer.decay_weight + i * shape.hidden, t.normed.data(), shape.hidden);
       k.head_step(head_of(layer, one, conv, ssm), projected_.data(), projected_.data() + shape.channels() + one * shape.width,
                   log_decay_of(logit + layer.decay_bias[i]), mixed_.data() + one * shape.width, t.scratch.data());
+      if (shape.window)
+        k.head_window(window_of(state, index, one), projected_.data(), 0,
+                      projected_.data() + shape.channels() + one * shape.width, 0, t.turns.data(), state.tokens, 1,
+                      mixed_.data() + one * shape.width, 0, t.scratch.data());
     }
     if (!layer.out_proj.threshold && layer.out_proj.linear.integer()) pool_->barrier();
     list(layer.out_proj, mixed_.data(), first, last, false, counts[1]);

@@ -26,14 +26,17 @@ struct Shape {
   int vocab, hidden, ffn, layers, heads, width, size, taps;
   float eps;
   bool gain, unit;
+  int window;          // tokens that attention beside the scan looks back at; 0: none
+  double rotary_base;  // of its positions
   int inner() const { return heads * width; }
   int channels() const { return inner() + 2 * heads * size; }
 };
 
-// What a sequence has left behind: per layer the convolution's last inputs and the heads' states.
+// What a sequence has left behind: per layer the convolution's last inputs, the heads' states and their windows.
 struct State {
   std::vector<float> conv;  // layers x taps - 1 x channels
   std::vector<float> ssm;   // layers x heads x N x P
+  std::vector<float> window;  // layers x heads x keys and values of `Window`
   std::int64_t tokens = 0;
 };
 
@@ -64,6 +67,7 @@ class Model {
   State new_state() const;
   std::size_t conv_floats() const;
   std::size_t ssm_floats() const;
+  std::size_t window_floats() const { return shape.window ? one_window() * shape.heads * shape.layers : 0; }
   // Logits (outputs of the head, filled up) after one token. Throws std::out_of_range for an unknown token.
   // given: codes to use in place of the neurons' own; taken: where to write the neurons' own; each code_count() bytes,
   // layer by layer and site by site in their order, or null.
@@ -93,12 +97,19 @@ class Model {
   void wide_block(const std::vector<State*>& states, const std::int32_t* tokens, int count, bool all, float* logits);
   void wide_site(int thread, int layer, int which, const Site& site, const float* values, int count, float* out);
   Head head_of(const Layer& layer, int index, float* conv, float* ssm) const;
+  std::size_t one_window() const {
+    return static_cast<std::size_t>(shape.size) * window_stride(shape.window) +
+           static_cast<std::size_t>(shape.window + 1) * shape.width;
+  }
+  Window window_of(State& state, int layer, int head) const;
+  void turn(std::int64_t position, float* to) const;
 
   const Kernels* kernels_;
   std::shared_ptr<Pool> pool_;
   std::vector<std::unique_ptr<Thread>> threads_;
   std::unique_ptr<Wide> wide_;
   double crossover_ = 1;
+  std::vector<double> rates_;  // of the rotary angles, N / 2
   std::vector<float> hidden_, projected_, mixed_, product_, rough_;
 };
 

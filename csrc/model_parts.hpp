@@ -10,7 +10,7 @@ namespace mar {
 
 // What one thread needs for one token.
 struct Model::Thread {
-  Lines<float> hidden, normed, local, scratch, partial_out, partial_down;
+  Lines<float> hidden, normed, local, scratch, turns, partial_out, partial_down;
   Lines<std::int8_t> codes;        // of the head's first step
   std::vector<std::int32_t> sums;  // of the codes of each group
   float best = 0;                  // logit among its own words
@@ -20,7 +20,7 @@ struct Model::Thread {
 
 // What a block of many tokens needs; threads share it.
 struct Model::Wide {
-  Lines<float> hidden, normed, projected, mixed, gate_up, product, out, decay, token_scales, values;
+  Lines<float> hidden, normed, projected, mixed, gate_up, product, out, decay, turns, token_scales, values;
   Lines<std::int8_t> codes;
   Lines<std::int32_t> sums;
   std::vector<Lines<std::uint8_t>> scratch;

@@ -130,6 +130,7 @@ void Model::wide_block(const std::vector<State*>& states, const std::int32_t* to
     w->product.resize(static_cast<std::size_t>(kBlock) * shape.ffn);
     w->out.resize(static_cast<std::size_t>(kBlock) * widest);
     w->decay.resize(static_cast<std::size_t>(kBlock) * shape.heads);
+    w->turns.resize(static_cast<std::size_t>(kBlock) * shape.size);
     w->token_scales.resize(kBlock);
     w->values.resize(static_cast<std::size_t>(kBlock) * most);
     w->codes.resize(static_cast<std::size_t>(kBlock) * most);
@@ -137,7 +138,7 @@ void Model::wide_block(const std::vector<State*>& states, const std::int32_t* to
     w->scratch.resize(parts);
     w->head_scratch.resize(parts);
     for (auto& one : w->scratch) one.resize(block_scratch(most));
-    for (auto& one : w->head_scratch) one.resize(head_scratch(shape.width, shape.size));
+    for (auto& one : w->head_scratch) one.resize(head_scratch(shape.width, shape.size) + window_scratch(shape.window, shape.width, shape.size));
     wide_ = std::move(w);
   }
   Wide& w = *wide_;
@@ -149,6 +150,8 @@ void Model::wide_block(const std::vector<State*>& states, const std::int32_t* to
     const int begin = static_cast<int>(mine.begin), end = static_cast<int>(mine.end);
     for (int m = begin; m < end; ++m)
       embed(tokens[m], 0, shape.hidden, w.hidden.data() + m * static_cast<std::size_t>(shape.hidden));
+    for (int m = begin; shape.window && m < end; ++m)
+      turn(states[m / length]->tokens + m % length, w.turns.data() + m * static_cast<std::size_t>(shape.size));
     // A thread that norms, encodes and adds up its own tokens needs barriers only where it takes others' results.
     for (int index = 0; index < shape.layers; ++index) {
       const Layer& layer = layers[index];
@@ -178,6 +181,11 @@ void Model::wide_block(const std::vector<State*>& states, const std::int32_t* to
         k.head_scan(head_of(layer, one, conv, ssm), projected, wide, projected + shape.channels() + one * shape.width, wide,
                     w.decay.data() + m * shape.heads + one, shape.heads, length,
                     w.mixed.data() + m * shape.inner() + one * shape.width, shape.inner(), w.head_scratch[thread].data());
+        if (shape.window)
+          k.head_window(window_of(state, index, one), projected, wide, projected + shape.channels() + one * shape.width,
+                        wide, w.turns.data() + m * shape.size, state.tokens, length,
+                        w.mixed.data() + m * shape.inner() + one * shape.width, shape.inner(),
+                        w.head_scratch[thread].data());
       }
       pool_->barrier();
       wide_site(thread, index, 1, layer.out_proj, w.mixed.data(), count, w.out.data());

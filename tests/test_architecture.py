@@ -29,7 +29,7 @@ FLOORS = (
         "surrogate",
         "weights",
     },
-    {"engine", "mixer", "neurons"},
+    {"engine", "mixer", "window", "neurons"},
     {"calibration", "model"},
     {"conversion", "insertion", "layers", "losses", "spikes", "teachers"},
     {"census", "data", "folder", "optimizer", "prompts", "recipe", "sources", "stages", "tasks", "trainlog"},

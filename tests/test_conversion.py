@@ -185,7 +185,7 @@ def test_a_damaged_head_count_is_refused():
 @pytest.mark.parametrize(
     ("choices", "words"),
     [
-        ({"preset": "mamba"}, "mixer preset is 'mamba'; use one of 'llamba', 'fast'"),
+        ({"preset": "mamba"}, "mixer preset is 'mamba'; use one of 'llamba', 'fast', 'hybrid'"),
         ({"init": "zeros"}, "init is 'zeros'; use 'attention' or 'llamba'"),
         ({"inputgain": "none"}, "'inputgain' is no choice of a mixer; use one of 'input_gain'"),
         ({"num_heads": 2}, "'num_heads' is no choice of a mixer"),
@@ -213,10 +213,20 @@ def test_calibration_lowers_the_error_on_other_text(preset, shape):
         assert ((F.softplus(layer.mixer.decay_bias) > 0.002) & (F.softplus(layer.mixer.decay_bias) < 1.7)).all()
 
 
-def test_calibration_survives_a_pruned_head():
+def test_a_window_of_all_tokens_is_the_teacher():
+    """Before any training: attention as it was, and a scan that is left next to nothing to add."""
+    teacher = llama_model(num_key_value_heads=2)
+    student = convert_llama(teacher, window=128)
+    assert student.config.rotary_base == teacher.config.rope_parameters["rope_theta"]
+    calibrate_mixers(student, teacher, packed_rows(((60, 40), (100,), (30, 70)), seed=2))
+    assert align_error(student, teacher, packed_rows(((40,), (25, 15)), seed=1)) < 1e-3
+
+
+@pytest.mark.parametrize("window", [0, 8])
+def test_calibration_survives_a_pruned_head(window: int):
     teacher = llama_model()
     teacher.model.layers[0].self_attn.o_proj.weight.data[:, 8:16] = 0
-    student = convert_llama(teacher)
+    student = convert_llama(teacher, window=window)
     calibrate_mixers(student, teacher, packed_rows())
     for name, parameter in student.named_parameters():
         assert parameter.isfinite().all(), name

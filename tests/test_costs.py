@@ -68,7 +68,8 @@ def mar_of(llama: LlamaConfig, preset: str = "llamba", **changes) -> MarConfig:
 
 
 def tiny_mar(preset: str = "llamba", **changes) -> MarConfig:
-    return MarConfig(**TINY, num_heads=3, head_dim=4, state_size=5, conv_kernel=4, **MIXER_PRESETS[preset], **changes)
+    sizes = {**TINY, "num_heads": 3, "head_dim": 4, "state_size": 5, "conv_kernel": 4}
+    return MarConfig(**{**sizes, **MIXER_PRESETS[preset], **changes})
 
 
 def spiking(neuron: NeuronConfig | None = None, **changes) -> MarConfig:
@@ -175,7 +176,7 @@ def test_llama_parameters_are_those_of_the_real_model(tied, bias):
     ],
 )
 def test_mar_parameters_are_those_of_the_real_model(preset, changes):
-    config = tiny_mar(preset, **changes)
+    config = tiny_mar(preset, **{"state_size": 6, **changes})
     assert parameters(config) == sum(p.numel() for p in MarForCausalLM(config).parameters())
 
 
@@ -243,11 +244,26 @@ def test_neurons_are_a_line_of_their_own(neuron, adds, multiplies, macs):
     assert report.decoder + report.head + report.neuron == pytest.approx(sum(report.by_component.values()))
 
 
-def test_prefill_is_the_mean_of_its_tokens():
-    for config in (TINY_LLAMA, tiny_mar("fast")):
+def test_a_window_costs_what_its_tokens_do_and_no_more_beyond_it():
+    plain, windowed = tiny_mar(state_size=6), tiny_mar(state_size=6, window=5)
+    short, full, long = (census(windowed, length) for length in (3, 6, 500))
+    # Of 2 layers and 3 heads: products with N of B and P of x, for each token looked at.
+    assert [one.count("mac", "scores") for one in (short, full, long)] == [2 * 3 * (6 + 4) * keys for keys in (3, 6, 6)]
+    assert by_component(long, "special", "softmax") == 2 * 3 * 6
+    assert by_component(long, "multiply", "rope") == 2 * 2 * (2 * 3 * 6)
+    assert long.moved("cache") == 2 * 6 * 3 * (6 + 4)
+    assert long.count() == full.count() > short.count() > census(plain, 3).count()
+    assert {row.component for row in long.rows} - {row.component for row in census(plain, 3).rows} == {
+        "rope", "scores", "softmax"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("length", [1, 5, 6, 9])
+def test_prefill_is_the_mean_of_its_tokens(length: int):
+    for config in (TINY_LLAMA, tiny_mar("fast"), tiny_mar(state_size=6, window=5)):
         for op in ("mac", "multiply", "add", "special"):
-            tokens = [census(config, length).count(op) for length in range(1, 10)]
-            assert census(config, 9, averaging="prefill").count(op) == pytest.approx(sum(tokens) / 9)
+            tokens = [census(config, at).count(op) for at in range(1, length + 1)]
+            assert census(config, length, averaging="prefill").count(op) == pytest.approx(sum(tokens) / length)
 
 
 # Traffic.

@@ -36,6 +36,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "many taps": {"conv_kernel": 9},
     "tiny": {"hidden_size": 3, "num_heads": 1, "head_dim": 2, "state_size": 1, "intermediate_size": 5, "vocab_size": 7},
     "one layer over 64 wide": {"head_dim": 80, "num_heads": 1, "state_size": 70, "num_hidden_layers": 1},
+    "window": {"window": 7, "rotary_base": 50.0},
+    "window over 64 wide": {"head_dim": 80, "num_heads": 1, "state_size": 70, "num_hidden_layers": 1, "window": 64},
+    "window of a few": {**WIDER, **MIXER_PRESETS["llamba"], "window": 4},
 }
 SITES_LEFT_OUT: dict[str, dict[str, Any]] = {
     "all": SPIKING,
@@ -79,7 +82,9 @@ def test_greedy_continuation_is_torchs(tmp_path: Path):
     assert engine(model, tmp_path).generate(ids.tolist(), 256, temperature=0) == expected
 
 
-@pytest.mark.parametrize("changes", [{}, WIDER, {"conv_kernel": 1}], ids=["ragged", "wide heads", "one tap"])
+@pytest.mark.parametrize(
+    "changes", [{}, WIDER, {"conv_kernel": 1}, {"window": 9}], ids=["ragged", "wide heads", "one tap", "window"]
+)
 @pytest.mark.parametrize("neurons", SITES_LEFT_OUT.values(), ids=SITES_LEFT_OUT)
 def test_codes_and_logits_are_torchs(neurons: dict[str, Any], changes: dict[str, Any], tmp_path: Path):
     """Each site's codes given the same site input: those of the sites before it are replayed."""
@@ -220,10 +225,10 @@ def test_sites_without_neurons_count_the_same_either_way(precision: str, tmp_pat
 # States
 
 
-@pytest.fixture(scope="module", params=["dense fp32", "dense int8", "spiking int8", "spiking int4"])
+@pytest.fixture(scope="module", params=["dense fp32", "dense int8", "spiking int8", "spiking int4", "windowed int8"])
 def native(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Engine:
     kind, precision = request.param.split()
-    model = mar_model(**RAGGED) if kind == "dense" else spiking_model()
+    model = mar_model(**RAGGED) if kind == "dense" else spiking_model(window=20 if kind == "windowed" else 0)
     return engine(model, tmp_path_factory.mktemp("native"), precision, head=precision)
 
 
@@ -242,6 +247,7 @@ def test_any_split_of_a_prompt(native: Engine, lengths: tuple[int, ...]):
     assert close(found, expected)
     assert close(state.ssm(), whole.ssm())
     assert close(state.conv(), whole.conv())
+    assert not whole.window().size or close(state.window(), whole.window())
     assert state.tokens == whole.tokens == 100
 
 
@@ -260,10 +266,11 @@ def test_copies_are_independent(native: Engine):
     state = native.new_state()
     native.prefill(state, ids.numpy())
     fork, kept = state.copy(), state.copy()
-    before = state.conv().copy(), state.ssm().copy()
+    before = state.conv().copy(), state.ssm().copy(), state.window().copy()
     ahead = [native.step(fork, token) for token in (1, 2, 3)]
     assert np.array_equal(state.conv(), before[0])
     assert np.array_equal(state.ssm(), before[1])
+    assert np.array_equal(state.window(), before[2])
     assert (fork.tokens, state.tokens) == (23, 20)
     assert all(np.array_equal(native.step(state, token), one) for token, one in zip((1, 2, 3), ahead, strict=True))
     assert not np.array_equal(native.step(kept, 5), ahead[0])
@@ -303,7 +310,7 @@ def test_sequences_of_different_length_go_on_together(native: Engine):
 
 
 def test_any_number_of_threads_gives_the_same(tmp_path: Path):
-    model = spiking_model(num_heads=4)  # no thread count divides all of 4 heads, 40, 200 and 300
+    model = spiking_model(num_heads=4, window=16)  # no thread count divides all of 4 heads, 40, 200 and 300
     ids = tokens(300)
     found: dict[int, list[np.ndarray]] = {}
     for threads in range(1, 6):
@@ -328,6 +335,7 @@ def test_states_are_saved_and_read(native: Engine, tmp_path: Path):
     assert back.tokens == 30
     assert np.array_equal(back.conv(), state.conv())
     assert np.array_equal(back.ssm(), state.ssm())
+    assert np.array_equal(back.window(), state.window())
     assert np.array_equal(native.step(back, 4), native.step(state, 4))
 
 

@@ -107,7 +107,7 @@ def census(config: PreTrainedConfig, context: Number, rates: Rates | None = None
     if averaging not in AVERAGINGS:
         raise ValueError(f"averaging is {averaging!r}; use 'decode' or 'prefill'.")
     if isinstance(config, MarConfig):
-        rows = _mar_rows(config, _rate_table(config, rates), 1.0 if averaging == "decode" else 1.0 / context)
+        rows = _mar_rows(config, _rate_table(config, rates), context, averaging)
     elif isinstance(config, LlamaConfig):
         if rates:
             raise ValueError("Spike rates were given for a LLaMA, which has no neurons; leave them out.")
@@ -240,21 +240,46 @@ def _llama_layer(config: LlamaConfig, share: Number, keys: Number, earlier: Numb
     yield from _linear("k_proj", d, kv, share, bias=bias)
     yield from _linear("v_proj", d, kv, share, bias=bias)
     yield from _linear("o_proj", queries, d, share, bias=bias)
-    yield Row("rope", "multiply", 2 * (queries + kv))
-    yield Row("rope", "add", queries + kv)
-    yield Row("scores", "mac", 2 * keys * queries, 2 * kv * (1 + earlier), "cache")
-    # The sum of exponentials divides the weighted values once per channel, not every score.
-    yield Row("softmax", "special", keys * heads)
-    yield Row("softmax", "add", keys * heads)
-    yield Row("softmax", "multiply", queries)
+    yield from _attention(heads, queries + kv, 2 * queries, 2 * kv, keys, earlier, queries)
     yield from _ffn(d, config.intermediate_size, config.mlp_bias, share)
 
 
-def _mar_rows(config: MarConfig, rates: Mapping[tuple[int, Site], SiteRate], share: Number) -> Iterator[Row]:
+def _attention(
+    heads: int, turned: int, products: int, kept: int, keys: Number, earlier: Number, outputs: int
+) -> Iterator[Row]:
+    """Softmax attention to `keys` tokens: products with each, values kept of each token, of how many others read."""
+    yield Row("rope", "multiply", 2 * turned)
+    yield Row("rope", "add", turned)
+    yield Row("scores", "mac", keys * products, kept * (1 + earlier), "cache")
+    # The sum of exponentials divides the weighted values once per channel, not every score.
+    yield Row("softmax", "special", keys * heads)
+    yield Row("softmax", "add", keys * heads)
+    yield Row("softmax", "multiply", outputs)
+
+
+def _mar_rows(
+    config: MarConfig, rates: Mapping[tuple[int, Site], SiteRate], context: Number, averaging: str
+) -> Iterator[Row]:
+    prefill = averaging == "prefill"
+    share = 1.0 / context if prefill else 1.0
     yield from _around(config, share)
     layers = Counter(tuple(rates.get((layer, site)) for site in SITES) for layer in range(config.num_hidden_layers))
     for local, times in layers.items():
         yield from _times(times, _mar_layer(config, dict(zip(SITES, local, strict=True)), share))
+    if config.window:
+        yield from _times(config.num_hidden_layers, _window(config, context, prefill))
+
+
+def _window(config: MarConfig, context: Number, prefill: bool) -> Iterator[Row]:
+    """Attention to the last tokens and the first one, whose values are added to the scan's before the gate."""
+    heads, inner, state = config.num_heads, config.inner_size, config.num_heads * config.state_size
+    most = config.window + 1
+    keys = min(context, most)
+    if prefill:  # the mean over its tokens
+        keys = (keys * (keys + 1) / 2 + (context - keys) * most) / context
+    earlier = min(keys - 1, 1.0) if prefill else keys - 1
+    yield from _attention(heads, 2 * state, state + inner, state + inner, keys, earlier, inner)
+    yield Row("mixer_gate", "add", inner)
 
 
 def _mar_layer(config: MarConfig, rates: Mapping[Site, SiteRate | None], share: Number) -> Iterator[Row]:

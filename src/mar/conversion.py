@@ -21,7 +21,7 @@ from mar.config import MIXER_PRESETS, MarConfig
 from mar.layers import llama_layers
 from mar.model import MarForCausalLM
 
-MIXER_CHOICES = ("input_gain", "bc_norm", "decay_bias", "conv_kernel", "chunk_size")
+MIXER_CHOICES = ("input_gain", "bc_norm", "decay_bias", "conv_kernel", "chunk_size", "window")
 """Fields of MarConfig that a LLaMA checkpoint leaves open."""
 
 
@@ -56,6 +56,7 @@ def convert_llama(
         max_position_embeddings=source.max_position_embeddings,
         initializer_range=source.initializer_range,
         rms_norm_eps=source.rms_norm_eps,
+        rotary_base=source.rope_parameters["rope_theta"],
         mlp_bias=source.mlp_bias,
         tie_word_embeddings=source.tie_word_embeddings,
         pad_token_id=source.pad_token_id,
@@ -127,8 +128,9 @@ def calibrate_mixers(student: MarForCausalLM, teacher: PreTrainedModel, batch: d
 
     Without it a converted mixer's output has the wrong size, and memories bear no relation to how far each head looks.
     Per head the decay rate is taken from `RATES` whose scan best fits that head's own attention output; per layer one
-    least-squares solution over all heads then sets how much of scan and of current token goes to the output. Ours;
-    needs a mixer converted with init 'attention' and a decay bias. A few thousand tokens suffice.
+    least-squares solution over all heads then sets how much of scan and of current token goes to the output. With a
+    window the scan fits what the window leaves, and the solution is for all three. Ours; needs a mixer converted with
+    init 'attention' and a decay bias. A few thousand tokens suffice.
     """
     config = student.config
     if not config.decay_bias:
@@ -142,23 +144,37 @@ def calibrate_mixers(student: MarForCausalLM, teacher: PreTrainedModel, batch: d
     for layer, trace in zip(student.model.layers, llama_layers(teacher, batch), strict=True):
         block: Any = layer
         mixer = block.mixer
-        x, _, b, c, _, _ = mixer.ssm_inputs(block.input_layernorm(trace.hidden.float()), None, None, ids)
+        normed = block.input_layernorm(trace.hidden.float())
+        x, _, b, c, _, _ = mixer.ssm_inputs(normed, None, None, ids)
         assert trace.heads is not None
         heads = trace.heads.float()
+        seen = mixer.windowed(normed, ids) if config.window else None
+        if seen is not None:
+            heads = heads - seen
         scans = [_scan_at(rate, x, b, c, ids, config) for rate in rates]
         own = torch.stack([_fit_error(scan, x, heads) for scan in scans])
         choice = own.argmin(0)
         y = torch.stack([scans[index][:, :, head] for head, index in enumerate(choice.tolist())], dim=2)
         weight = mixer.out_proj.weight.unflatten(1, (config.num_heads, -1))
-        parts = torch.cat([torch.einsum("blhp,dhp->blhd", part, weight) for part in (y, x)], dim=2)
-        columns = parts.transpose(2, 3).flatten(0, 2)  # (tokens * d, 2 * heads): what each head adds, per scalar
+        found = (y, x) if seen is None else (y, x, seen)
+        parts = torch.cat([torch.einsum("blhp,dhp->blhd", part, weight) for part in found], dim=2)
+        columns = parts.transpose(2, 3).flatten(0, 2)  # (tokens * d, 2 or 3 * heads): what each head adds, per scalar
         gram = columns.T @ columns
         ridge = 1e-4 * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
-        scale, skip = torch.linalg.solve(gram + ridge, columns.T @ trace.mixed.float().flatten()).chunk(2)
+        scale, skip, *kept = torch.linalg.solve(gram + ridge, columns.T @ trace.mixed.float().flatten()).split(
+            config.num_heads
+        )
         # The model computes scale * (y + D x): a head that keeps next to nothing of its scan must not blow up its D.
         scale = torch.where(scale.abs() < 0.1 * skip.abs(), 0.1 * skip.abs() * torch.sign(scale), scale)
         mixer.decay_bias.copy_(torch.log(torch.expm1(rates[choice])))
         mixer.D.copy_(torch.where(scale == 0, 0.0, skip / scale))  # a head whose part of W_o is zero has no scale
+        if kept:
+            # It computes kept * (window + y' + D x'): the window decides the output's size, for it is most of it, and
+            # the scan's part goes into the convolution of x.
+            (kept,) = kept
+            own = torch.where(kept == 0, 0.0, scale / kept).repeat_interleave(config.head_dim)
+            mixer.conv_weight[: config.inner_size] *= own[:, None]
+            scale = kept
         mixer.out_proj.weight.mul_(scale.repeat_interleave(config.head_dim))
 
 

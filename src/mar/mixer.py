@@ -18,10 +18,14 @@ from mar import kernels
 from mar.config import MarConfig
 from mar.kernels import reference
 from mar.neurons import build_neuron
+from mar.window import attend, carried, carry_over
 
 
 class MixerState(NamedTuple):
-    """What a mixer carries over: the convolution's last K - 1 inputs (b, k - 1, c) and the state (b, h, p, n)."""
+    """What a mixer carries over: the convolution's last K - 1 inputs (b, k - 1, c) and the state (b, h, p, n).
+
+    With a window the convolution's inputs are (b, window, c + 1) instead, as `mar.window.carried` says.
+    """
 
     conv: Tensor
     ssm: Tensor
@@ -31,7 +35,8 @@ class DiscreteMamba2(nn.Module):
     """x, B, C, z and decay logits from one projection; y = SSM(conv(x, B, C)); out_proj(y * silu(z + z_bias)).
 
     Per head: decay = exp(-softplus(A_log)), S_t = decay_t S_{t-1} + gain_t x_t B_t^T, y_t = S_t C_t + D x_t, where gain
-    is 1 (as published) or 1 - decay. Decay logits, decay and state are fp32 under any autocast.
+    is 1 (as published) or 1 - decay. Decay logits, decay and state are fp32 under any autocast. With a window (ours) y
+    also gets the softmax attention of x, B and C, before their convolution, over the last tokens and the first one.
     """
 
     def __init__(self, config: MarConfig):
@@ -61,13 +66,39 @@ class DiscreteMamba2(nn.Module):
         `document_ids` restarts convolution and state where it changes within a row.
         """
         projected, log_decay = self._project(hidden)
+        past = state
+        if self.config.window and state is not None:
+            # Position apart, the tail of the window ends with the convolution's.
+            past = state._replace(conv=state.conv[:, self.config.window - self.config.conv_kernel + 1 :, :-1])
         # One token without gradients is decoding, where a step of the state costs least.
         step = hidden.shape[1] == 1 and not torch.is_grad_enabled()
         if mask is None and not step and kernels.mixer_takes(projected, self.conv_weight):
-            gated, ssm, conv = self._fused(projected, log_decay, state, document_ids)
+            gated, ssm, conv = self._fused(projected, log_decay, past, document_ids)
         else:
-            gated, ssm, conv = self._composed(projected, log_decay, state, mask, document_ids, step)
+            gated, ssm, conv = self._composed(projected, log_decay, past, mask, document_ids, step)
+        if self.config.window:
+            seen, conv = self._windowed(projected, None if state is None else state.conv, mask, document_ids)
+            gated = gated + seen.flatten(2) * self._gate(projected[..., self.config.conv_size :])
         return self.out_proj(self.out_neuron(gated)), MixerState(conv, ssm)
+
+    def windowed(
+        self, hidden: Float[Tensor, "b l d"], document_ids: Int[Tensor, "b l"] | None = None
+    ) -> Float[Tensor, "b l h p"]:
+        """What the window alone adds to y."""
+        return self._windowed(self._project(hidden)[0], None, None, document_ids)[0]
+
+    def _windowed(
+        self, projected: Tensor, past: Tensor | None, mask: Tensor | None, document_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """What the window adds to y (b, l, h, p), and what it carries over."""
+        config = self.config
+        xbc = projected[..., : config.conv_size]
+        rows, first = carried(xbc, past, config.window, mask, document_ids)
+        seen = attend(rows, first, config.num_heads, config.head_dim, config.window, config.rotary_base, xbc.dtype)
+        return seen, carry_over(rows, first, config.window)
+
+    def _gate(self, z: Tensor) -> Tensor:
+        return F.silu(z + self.z_bias.to(z.dtype))
 
     def _fused(
         self, projected: Tensor, log_decay: Tensor, state: MixerState | None, document_ids: Tensor | None
@@ -104,12 +135,20 @@ class DiscreteMamba2(nn.Module):
         else:
             y, ssm = kernels.scan(scaled, log_decay, b, c, ssm, document_ids, self.config.chunk_size)
         y = torch.addcmul(y, x, self.D[:, None].to(x.dtype)).flatten(2)
-        return y * F.silu(z + self.z_bias.to(z.dtype)), ssm, conv
+        return y * self._gate(z), ssm, conv
 
     def matrix(
         self, hidden: Float[Tensor, "b l d"], document_ids: Int[Tensor, "b l"] | None = None
     ) -> Float[Tensor, "b h l l"]:
-        """The mixing matrix of each head, gain and skip included: SSM(x) = matrix @ x (MOHAWK's orientation target)."""
+        """The mixing matrix of each head, gain and skip included: SSM(x) = matrix @ x (MOHAWK's orientation target).
+
+        Raises ValueError for a mixer with a window, which is not one matrix.
+        """
+        if self.config.window:
+            raise ValueError(
+                f"window is {self.config.window}: a scan and attention beside it are not one mixing matrix; "
+                "convert without a window to orient mixers."
+            )
         _, log_decay, b, c, _, _ = self.ssm_inputs(hidden, None, None, document_ids)
         matrix = reference.scan_matrix(log_decay, b, c, document_ids)
         if self.config.input_gain == "one_minus_decay":

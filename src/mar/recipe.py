@@ -30,7 +30,7 @@ SPIKING = ("spike_align", "spike")
 class MixerSettings:
     """How attention becomes a mixer: see `convert_llama`, and `calibrate_mixers` for calibrate, in mar.conversion."""
 
-    preset: Literal["fast", "llamba"] = "fast"
+    preset: Literal["fast", "llamba", "hybrid"] = "fast"
     init: Literal["attention", "llamba"] = "attention"
     calibrate: bool = True
     calibration_tokens: int = 2048

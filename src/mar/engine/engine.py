@@ -176,21 +176,22 @@ class Engine:
     def save_state(self, state: State, file: str | Path) -> None:
         """Write a state, so that a prompt that was read once need not be read again."""
         with open(file, "wb") as to:
-            np.savez(to, conv=state.conv(), ssm=state.ssm(), tokens=np.int64(state.tokens), model=self._source)
+            parts = {"conv": state.conv(), "ssm": state.ssm(), "window": state.window()}
+            np.savez(to, **parts, tokens=np.int64(state.tokens), model=self._source)
 
     def load_state(self, file: str | Path) -> State:
         """A state that `save_state` wrote. Raises ValueError where it is damaged or another model's."""
         with open(file, "rb") as source:
             try:
                 found = np.load(source, allow_pickle=False)
-                parts = {name: found[name] for name in ("conv", "ssm", "tokens", "model")}
+                parts = {name: found[name] for name in ("conv", "ssm", "window", "tokens", "model")}
                 tokens, model = int(parts["tokens"]), str(parts["model"])
             except Exception as error:  # damage shows as errors of zipfile, zlib and numpy
                 raise ValueError(f"{file} holds no state ({error}); save it again.") from error
         if model != self._source:
             raise ValueError(f"{file} holds the state of another model; use it with that model.")
         state = self.new_state()
-        for name, to in (("conv", state.conv()), ("ssm", state.ssm())):
+        for name, to in (("conv", state.conv()), ("ssm", state.ssm()), ("window", state.window())):
             if parts[name].shape != to.shape or parts[name].dtype != np.float32:
                 raise ValueError(f"{file} holds a state of another shape; save it again.")
             if not np.isfinite(parts[name]).all() or not 0 <= tokens < 1 << 63:

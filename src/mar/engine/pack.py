@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 from dataclasses import asdict, dataclass, replace
@@ -38,7 +39,7 @@ TWO_STEP = "int4+int8"
 """A head whose single tokens take all words in int4, then the likeliest in int8 (docs/engine.md)."""
 
 HEADS = (*PRECISIONS, TWO_STEP)
-MAGIC = b"MARPACK8"
+MAGIC = b"MARPACK9"
 START = len(MAGIC) + hashlib.sha256().digest_size
 """Where what the digest covers starts: the header's length in 8 bytes, the header, the arrays."""
 
@@ -157,9 +158,14 @@ def engine_settings(config: dict[str, Any], settings: PackSettings) -> dict[str,
     eps = config.get("rms_norm_eps", 1e-5)
     if not isinstance(eps, int | float) or not 0 <= eps < 1:
         raise ValueError(f"rms_norm_eps is {eps!r}; it must be a number from 0 to 1.")
+    base = config.get("rotary_base", 1e4)
+    if not isinstance(base, int | float) or not 0 < base < math.inf:
+        raise ValueError(f"rotary_base is {base!r}; it must be a number above 0.")
     found |= {
         "rms_norm_eps": float(eps),
         "gain": int(config.get("input_gain", "one_minus_decay") == "one_minus_decay"),
+        "window": _integer(config, "window", 1 << 20) if config.get("window", 0) else 0,
+        "rotary_base": float(base),
         "unit": int(config.get("bc_norm", "l2") == "l2"),
         "precision": settings.precision,
         "head_precision": _bulk_precision(settings.kind_of_head),

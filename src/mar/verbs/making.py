@@ -16,7 +16,7 @@ def convert(
     output: Path,
     /,
     *,
-    preset: Literal["fast", "llamba"] = "fast",
+    preset: Literal["fast", "llamba", "hybrid"] = "fast",
     init: Literal["attention", "llamba"] = "attention",
     text: str | None = None,
 ) -> Result:
@@ -25,7 +25,7 @@ def convert(
     Args:
         source: teacher name, hub id, LLaMA folder, GGUF file, or Llamba folder.
         output: folder to write, a new one.
-        preset: mixer choices, `llamba` being those published.
+        preset: mixer choices, `llamba` being those published; `hybrid` keeps attention over the last 64 tokens.
         init: `attention` starts from the attention weights, `llamba` at random.
         text: file or folder of text, a few thousand tokens: decays and scales are calibrated on its first rows, and
             training starts far nearer to its end.
