@@ -94,10 +94,10 @@ struct Window {
   int tokens, width, size;  // the last so many, the current one included; P; N, even
   int x, b, c;              // the head's first channel of each, before the convolution
   const float* gate_bias;   // P
-  float* keys;              // N x window_stride(tokens): B, turned, of the first token and of the last ones
-  float* values;            // tokens + 1 x P: x of the same
+  float* keys;              // N x window_stride(tokens): B, turned, of the last ones; then N of the first one
+  float* values;            // tokens x P: x of the last ones; then P of the first one
 };
-inline int window_stride(int tokens) { return (tokens + 1 + 15) / 16 * 16; }
+inline int window_stride(int tokens) { return (tokens + 15) / 16 * 16; }
 
 struct Kernels {
   // y = x / sqrt(mean(x^2) + eps) * weight.

@@ -173,7 +173,7 @@ Window Model::window_of(State& state, int layer, int head) const {
   window.c = shape.inner() + (shape.heads + head) * shape.size;
   window.gate_bias = layers[layer].gate_bias + head * shape.width;
   window.keys = own;
-  window.values = own + static_cast<std::size_t>(shape.size) * window_stride(shape.window);
+  window.values = own + static_cast<std::size_t>(shape.size) * (window_stride(shape.window) + 1);
   return window;
 }
 

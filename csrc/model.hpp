@@ -98,7 +98,7 @@ class Model {
   void wide_site(int thread, int layer, int which, const Site& site, const float* values, int count, float* out);
   Head head_of(const Layer& layer, int index, float* conv, float* ssm) const;
   std::size_t one_window() const {
-    return static_cast<std::size_t>(shape.size) * window_stride(shape.window) +
+    return static_cast<std::size_t>(shape.size) * (window_stride(shape.window) + 1) +
            static_cast<std::size_t>(shape.window + 1) * shape.width;
   }
   Window window_of(State& state, int layer, int head) const;

@@ -14,49 +14,61 @@ inline float turned(const float* v, const float* turn, int n, int i) {
   return i < half ? v[i] * turn[i] - v[i + half] * turn[i + half] : v[i] * turn[i - half] + v[i - half] * turn[i];
 }
 
+// scores = query (n) times keys (n x stride), for B lines of them: in the keys' order, which memory is fastest in.
+template <int B>
+inline void products(const float* query, int n, const float* keys, int stride, float* scores) {
+  F sums[B] = {};
+  for (int i = 0; i < n; ++i, keys += stride)
+    for (int v = 0; v < B; ++v) sums[v] += load<F>(keys + v * kLanes) * query[i];
+  for (int v = 0; v < B; ++v) store(scores + v * kLanes, sums[v]);
+}
+
 }  // namespace
 
 void head_window(const Window& window, const float* xbc, std::size_t xbc_stride, const float* gate,
                  std::size_t gate_stride, const float* turns, std::int64_t position, int tokens, float* y,
                  std::size_t y_stride, float* scratch) {
   const int size = window.size, width = window.width, stride = window_stride(window.tokens);
+  float* first_key = window.keys + static_cast<std::size_t>(size) * stride;
+  float* first_value = window.values + static_cast<std::size_t>(window.tokens) * width;
   float *scores = scratch, *found = scores + stride, *open = found + padded(width), *query = open + padded(width);
   for (int t = 0; t < tokens; ++t, ++position) {
     const float* row = xbc + t * xbc_stride;
     const float* turn = turns + static_cast<std::size_t>(t) * size;
-    // The first token has place 0 for good, later ones take turns in the others.
-    const int place = position == 0 ? 0 : 1 + static_cast<int>((position - 1) % window.tokens);
-    const int filled = 1 + static_cast<int>(std::min<std::int64_t>(position, window.tokens));
+    const int place = static_cast<int>(position % window.tokens);
+    const int filled = static_cast<int>(std::min<std::int64_t>(position + 1, window.tokens));
     for (int i = 0; i < size; ++i) {
       window.keys[static_cast<std::size_t>(i) * stride + place] = turned(row + window.b, turn, size, i);
       query[i] = turned(row + window.c, turn, size, i);
     }
     std::memcpy(window.values + static_cast<std::size_t>(place) * width, row + window.x, sizeof(float) * width);
-    float best = -std::numeric_limits<float>::infinity();
-    for (int at = 0; at < padded(filled); at += kLanes) {
-      F sums[2] = {};
-      const float* key = window.keys + at;
-      int i = 0;
-      for (; i + 2 <= size; i += 2, key += 2 * stride) {
-        sums[0] += load<F>(key) * query[i];
-        sums[1] += load<F>(key + stride) * query[i + 1];
-      }
-      store(scores + at, sums[0] + sums[1]);
+    if (position == 0) {
+      for (int i = 0; i < size; ++i) first_key[i] = window.keys[static_cast<std::size_t>(i) * stride];
+      std::memcpy(first_value, window.values, sizeof(float) * width);
     }
+    int at = 0;
+    for (; at + 4 * kLanes <= padded(filled); at += 4 * kLanes)
+      products<4>(query, size, window.keys + at, stride, scores + at);
+    for (; at < padded(filled); at += kLanes) products<1>(query, size, window.keys + at, stride, scores + at);
+    // Until the first token leaves the window it is one of the last.
+    const bool apart = position >= window.tokens;
+    const float own = apart ? dot(query, first_key, size) : -std::numeric_limits<float>::infinity();
+    float best = own;
     for (int i = 0; i < filled; ++i) best = std::max(best, scores[i]);
     std::fill(scores + filled, scores + padded(filled), -std::numeric_limits<float>::infinity());
     F total{};
-    for (int at = 0; at < padded(filled); at += kLanes) {
+    for (at = 0; at < padded(filled); at += kLanes) {
       const F share = exponential(load<F>(scores + at) - best);
       store(scores + at, share);
       total += share;
     }
-    // What `exponential` leaves of places without a token is too little to tell, but what lies there may be anything.
-    std::fill(scores + filled, scores + padded(filled), 0.0f);
-    const float factor = 1.0f / sum(total);
+    // Places without a token are left e^-87, which is nothing beside the best one's 1.
+    const float first_share = apart ? std::exp(own - best) : 0.0f;
+    const float factor = 1.0f / (sum(total) + first_share);
     int p = 0;
     for (; p + 4 * kLanes <= width; p += 4 * kLanes) {
-      F sums[4] = {};
+      F sums[4];
+      for (int v = 0; v < 4; ++v) sums[v] = load<F>(first_value + p + v * kLanes) * first_share;
       for (int i = 0; i < filled; ++i) {
         const float* value = window.values + static_cast<std::size_t>(i) * width + p;
         for (int v = 0; v < 4; ++v) sums[v] += load<F>(value + v * kLanes) * scores[i];
@@ -64,7 +76,7 @@ void head_window(const Window& window, const float* xbc, std::size_t xbc_stride,
       for (int v = 0; v < 4; ++v) store(found + p + v * kLanes, sums[v] * factor);
     }
     for (; p < width; ++p) {
-      float one = 0;
+      float one = first_value[p] * first_share;
       for (int i = 0; i < filled; ++i) one += window.values[static_cast<std::size_t>(i) * width + p] * scores[i];
       found[p] = one * factor;
     }

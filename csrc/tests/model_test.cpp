@@ -13,6 +13,7 @@ namespace {
 
 struct Sizes {
   int vocab, hidden, ffn, heads, width, size, taps;
+  int window = 0;
 };
 
 // A model's arrays; a model points into them.
@@ -30,7 +31,7 @@ struct Arrays {
   Weights head, rough;
 
   Arrays(const Sizes& s, Precision precision, Precision head_precision, bool spiking) {
-    shape = {s.vocab, s.hidden, s.ffn, 2, s.heads, s.width, s.size, s.taps, 1e-5f, true, true};
+    shape = {s.vocab, s.hidden, s.ffn, 2, s.heads, s.width, s.size, s.taps, 1e-5f, true, true, s.window, 100.0};
     const int inner = shape.inner(), channels = shape.channels();
     const int slices = (s.ffn + mar::kSlice - 1) / mar::kSlice;
     const int inputs[4] = {s.hidden, inner, s.hidden, s.ffn};
@@ -129,7 +130,7 @@ void ways_to_read(const mar::Variant& variant, const Sizes& sizes, Precision pre
     model.forward({&whole}, tokens.data(), count, true, all.data());
     model.forward({&last}, tokens.data(), count, false, end.data());
     CHECK(std::equal(end.begin(), end.end(), all.end() - wide));
-    CHECK(last.ssm == whole.ssm && last.conv == whole.conv && whole.tokens == count);
+    CHECK(last.ssm == whole.ssm && last.conv == whole.conv && last.window == whole.window && whole.tokens == count);
     model.forward({&last}, tokens.data(), count, false, nullptr);
     if (threads == 1)
       first = all;
@@ -217,10 +218,14 @@ void two_step_head(const mar::Variant& variant, const Sizes& sizes) {
 
 void test_model(const mar::Variant& variant) {
   const Sizes ragged = {300, 40, 200, 3, 8, 6, 4}, odd = {7, 129, 5, 1, 70, 3, 1}, small = {64, 3, 1, 2, 2, 1, 9};
+  Sizes windowed = ragged, wide = {50, 40, 70, 1, 70, 34, 4, 64};
+  windowed.window = 5;
   for (Precision precision : {Precision::f32, Precision::bf16, Precision::i8, Precision::i4}) {
     for (bool spiking : {false, true}) ways_to_read(variant, ragged, precision, precision, spiking);
     ways_to_read(variant, odd, precision, Precision::i4, true);
     ways_to_read(variant, small, precision, Precision::f32, false);
+    ways_to_read(variant, windowed, precision, precision, true);
+    ways_to_read(variant, wide, precision, precision, false);
   }
   two_step_head(variant, ragged);
 }
