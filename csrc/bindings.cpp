@@ -253,7 +253,7 @@ struct Engine {
   void check(const mar::State* state) const {
     if (!state) throw std::invalid_argument("None is no state; make one with new_state().");
     if (state->conv.size() != model.conv_floats() || state->ssm.size() != model.ssm_floats() ||
-        state->window.size() != model.window_floats())
+        state->window.size() != model.window_bytes())
       throw std::invalid_argument("The state belongs to a model of another shape; make it with this engine's new_state().");
   }
 
@@ -301,8 +301,9 @@ struct LinearAlone {
   }
 };
 
-nb::ndarray<nb::numpy, float, nb::ndim<1>> view(std::vector<float>& values, nb::handle owner) {
-  return nb::ndarray<nb::numpy, float, nb::ndim<1>>(values.data(), {values.size()}, owner);
+template <typename T>
+nb::ndarray<nb::numpy, T, nb::ndim<1>> view(std::vector<T>& values, nb::handle owner) {
+  return nb::ndarray<nb::numpy, T, nb::ndim<1>>(values.data(), {values.size()}, owner);
 }
 
 }  // namespace

@@ -94,8 +94,10 @@ struct Window {
   int tokens, width, size;  // the last so many, the current one included; P; N, even
   int x, b, c;              // the head's first channel of each, before the convolution
   const float* gate_bias;   // P
-  float* keys;              // N x window_stride(tokens): B, turned, of the last ones; then N of the first one
-  float* values;            // tokens x P: x of the last ones; then P of the first one
+  // In fp32, or narrow: in bf16, as what is kept is most of what a window costs to read.
+  bool narrow;
+  std::uint8_t* keys;    // N x window_stride(tokens): B, turned, of the last ones; then N of the first one
+  std::uint8_t* values;  // tokens x P: x of the last ones; then P of the first one
 };
 inline int window_stride(int tokens) { return (tokens + 15) / 16 * 16; }
 

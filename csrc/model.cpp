@@ -80,7 +80,7 @@ State Model::new_state() const {
   State state;
   state.conv.assign(conv_floats(), 0.0f);
   state.ssm.assign(ssm_floats(), 0.0f);
-  state.window.assign(window_floats(), 0.0f);
+  state.window.assign(window_bytes(), 0);
   return state;
 }
 
@@ -163,7 +163,7 @@ Head Model::head_of(const Layer& layer, int index, float* conv, float* ssm) cons
 }
 
 Window Model::window_of(State& state, int layer, int head) const {
-  float* own = state.window.data() + one_window() * (static_cast<std::size_t>(layer) * shape.heads + head);
+  std::uint8_t* own = state.window.data() + one_window() * (static_cast<std::size_t>(layer) * shape.heads + head);
   Window window{};
   window.tokens = shape.window;
   window.width = shape.width;
@@ -172,8 +172,9 @@ Window Model::window_of(State& state, int layer, int head) const {
   window.b = shape.inner() + head * shape.size;
   window.c = shape.inner() + (shape.heads + head) * shape.size;
   window.gate_bias = layers[layer].gate_bias + head * shape.width;
+  window.narrow = window_width() == 2;
   window.keys = own;
-  window.values = own + static_cast<std::size_t>(shape.size) * (window_stride(shape.window) + 1);
+  window.values = own + keys_bytes();
   return window;
 }
 

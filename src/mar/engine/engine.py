@@ -192,13 +192,20 @@ class Engine:
             raise ValueError(f"{file} holds the state of another model; use it with that model.")
         state = self.new_state()
         for name, to in (("conv", state.conv()), ("ssm", state.ssm()), ("window", state.window())):
-            if parts[name].shape != to.shape or parts[name].dtype != np.float32:
+            if parts[name].shape != to.shape or parts[name].dtype != to.dtype:
                 raise ValueError(f"{file} holds a state of another shape; save it again.")
-            if not np.isfinite(parts[name]).all() or not 0 <= tokens < 1 << 63:
+            values = self._window_values(parts[name]) if name == "window" else parts[name]
+            if not np.isfinite(values).all() or not 0 <= tokens < 1 << 63:
                 raise ValueError(f"{file} holds a state that no text leaves behind; save it again.")
             to[:] = parts[name]
         state.set_tokens(tokens)
         return state
+
+    def _window_values(self, raw: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Keys and values of a state's windows, which are in fp32 or bf16 as the weights are."""
+        if self.settings["precision"] == "fp32":
+            return raw.view(np.float32)
+        return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
 
     def reset_counters(self) -> None:
         """Start counting anew."""
