@@ -67,9 +67,14 @@ inline F exponential(F x) {
 inline F silu(F x) { return x / (1.0f + exponential(-x)); }
 
 inline F bf16_to_float(const std::uint16_t* from) {
+#if defined(__AVX512F__)
+  // GCC 12 makes of the conversion below two halves that go through memory.
+  return (F)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load<__m256i>(from)), 16);
+#else
   using U = std::uint16_t __attribute__((vector_size(32)));
   using W = std::uint32_t __attribute__((vector_size(64)));
   return reinterpret_cast<F>(__builtin_convertvector(load<U>(from), W) << 16);
+#endif
 }
 inline float bf16_to_float(std::uint16_t x) {
   const std::uint32_t bits = static_cast<std::uint32_t>(x) << 16;

@@ -96,10 +96,13 @@ struct Window {
   const float* gate_bias;   // P
   // In fp32, or narrow: in bf16, as what is kept is most of what a window costs to read.
   bool narrow;
-  std::uint8_t* keys;    // N x window_stride(tokens): B, turned, of the last ones; then N of the first one
-  std::uint8_t* values;  // tokens x P: x of the last ones; then P of the first one
+  std::uint8_t* keys;    // rows of N: B, turned, of the last ones, their number filled up to 16; then of the first one
+  std::uint8_t* values;  // rows of P: x of the last ones; then of the first one
 };
-inline int window_stride(int tokens) { return (tokens + 15) / 16 * 16; }
+// Rows are filled up to 16 numbers, and hold zeros where there is nothing.
+inline std::size_t filled16(int n) { return static_cast<std::size_t>(n + 15) / 16 * 16; }
+inline std::size_t window_keys(int tokens, int size) { return (filled16(tokens) + 1) * filled16(size); }
+inline std::size_t window_values(int tokens, int width) { return (tokens + std::size_t{1}) * filled16(width); }
 
 struct Kernels {
   // y = x / sqrt(mean(x^2) + eps) * weight.
@@ -163,7 +166,7 @@ inline std::size_t head_scratch(int width, int size) {
   return kChunk * (3 * p + 4 * n + kChunk + 8) + 16 * n;
 }
 inline std::size_t window_scratch(int tokens, int width, int size) {
-  return static_cast<std::size_t>(window_stride(tokens)) + 2 * (width + 16) + size;
+  return filled16(tokens) + 2 * (filled16(size) + filled16(width));
 }
 inline std::size_t block_scratch(int inputs) { return (static_cast<std::size_t>(inputs) + 64) * kSlice * 4; }
 

@@ -98,11 +98,9 @@ class Model {
   void wide_site(int thread, int layer, int which, const Site& site, const float* values, int count, float* out);
   Head head_of(const Layer& layer, int index, float* conv, float* ssm) const;
   std::size_t window_width() const { return layers[0].in_proj.linear.precision == Precision::f32 ? 4 : 2; }
-  std::size_t keys_bytes() const {
-    return static_cast<std::size_t>(shape.size) * (window_stride(shape.window) + 1) * window_width();
-  }
+  std::size_t keys_bytes() const { return window_keys(shape.window, shape.size) * window_width(); }
   std::size_t one_window() const {
-    return keys_bytes() + static_cast<std::size_t>(shape.window + 1) * shape.width * window_width();
+    return keys_bytes() + window_values(shape.window, shape.width) * window_width();
   }
   Window window_of(State& state, int layer, int head) const;
   void turn(std::int64_t position, float* to) const;

@@ -8,93 +8,121 @@
 namespace mar::MAR_VARIANT {
 namespace {
 
-// Channel i with channel i + n / 2, by the angle whose cosine and sine are turn[i] and turn[i + n / 2].
-inline float turned(const float* v, const float* turn, int n, int i) {
-  const int half = n / 2;
-  return i < half ? v[i] * turn[i] - v[i + half] * turn[i + half] : v[i] * turn[i - half] + v[i - half] * turn[i];
-}
-
 inline F widened(const float* from) { return load<F>(from); }
 inline F widened(const std::uint16_t* from) { return bf16_to_float(from); }
-inline float one_widened(float x) { return x; }
-inline float one_widened(std::uint16_t x) { return bf16_to_float(x); }
-inline void put(float x, float* to) { *to = x; }
-inline void put(float x, std::uint16_t* to) {  // to the nearest, ties to even; what is no number stays none
-  std::uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  *to = static_cast<std::uint16_t>(x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : bits >> 16 | 64);
+inline void put(F x, float* to) { store(to, x); }
+inline void put(F x, std::uint16_t* to) {  // to the nearest, ties to even; what is no number stays none
+  using W = std::uint32_t __attribute__((vector_size(64)));
+  using U = std::uint16_t __attribute__((vector_size(32)));
+  const W bits = (W)x, none = (W)(x != x);
+  const W high = (((bits + 0x7fff + (bits >> 16 & 1)) & ~none) | (bits & none)) >> 16 | (none & 64);
+#if defined(__AVX512F__)
+  store(to, (U)_mm512_cvtepi32_epi16((__m512i)high));
+#else
+  store(to, __builtin_convertvector(high, U));
+#endif
+}
+template <typename T>
+inline void put_row(const float* from, int n, T* to) {
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) put(load<F>(from + i), to + i);
+  if (i < n) put(load_some(from + i, n - i), to + i);
 }
 
-// scores = query (n) times keys (n x stride), for B lines of them: in the keys' order, which memory is fastest in.
-template <int B, typename T>
-inline void products(const float* query, int n, const T* keys, int stride, float* scores) {
-  F sums[B] = {};
-  for (int i = 0; i < n; ++i, keys += stride)
-    for (int v = 0; v < B; ++v) sums[v] += widened(keys + v * kLanes) * query[i];
-  for (int v = 0; v < B; ++v) store(scores + v * kLanes, sums[v]);
+// y = v, channel i turned with channel i + n / 2 by the angle of cosine turn[i] and sine turn[i + n / 2].
+inline void turned(const float* v, const float* turn, int n, float* y) {
+  const int half = n / 2;
+  for (int i = 0; i < half; ++i) {
+    y[i] = v[i] * turn[i] - v[i + half] * turn[i + half];
+    y[i + half] = v[i + half] * turn[i] + v[i] * turn[i + half];
+  }
+}
+
+// Half of the sums of a's and b's lanes that are D apart: a's where a lane's number lacks D, b's where it has it.
+template <int D>
+inline F folded(F a, F b) {
+  I straight, across;
+  for (int l = 0; l < kLanes; ++l) {
+    straight[l] = l & D ? kLanes + l : l;
+    across[l] = l & D ? kLanes + (l ^ D) : l ^ D;
+  }
+  return __builtin_shuffle(a, b, straight) + __builtin_shuffle(a, b, across);
+}
+
+// scores = query (n) times each of 16 keys (n each).
+template <typename T>
+inline F products(const float* query, int n, const T* keys) {
+  F sums[kLanes];
+  for (auto& one : sums) {
+    one = widened(keys) * load<F>(query);
+    for (int i = kLanes; i < n; i += kLanes) one += widened(keys + i) * load<F>(query + i);
+    keys += n;
+  }
+  for (int k = 0; k < 8; ++k) sums[k] = folded<8>(sums[k], sums[k + 8]);
+  for (int k = 0; k < 4; ++k) sums[k] = folded<4>(sums[k], sums[k + 4]);
+  for (int k = 0; k < 2; ++k) sums[k] = folded<2>(sums[k], sums[k + 2]);
+  return folded<1>(sums[0], sums[1]);
 }
 
 template <typename T>
 void attend(const Window& window, const float* xbc, std::size_t xbc_stride, const float* gate, std::size_t gate_stride,
             const float* turns, std::int64_t position, int tokens, float* y, std::size_t y_stride, float* scratch) {
-  const int size = window.size, width = window.width, stride = window_stride(window.tokens);
+  const int size = window.size, width = window.width, n = padded(size), p = padded(width), last = window.tokens;
   T *keys = reinterpret_cast<T*>(window.keys), *values = reinterpret_cast<T*>(window.values);
-  T* first_key = keys + static_cast<std::size_t>(size) * stride;
-  T* first_value = values + static_cast<std::size_t>(window.tokens) * width;
-  float *scores = scratch, *found = scores + stride, *open = found + padded(width), *query = open + padded(width);
+  T *first_key = keys + static_cast<std::size_t>(padded(last)) * n, *first_value = values + static_cast<std::size_t>(last) * p;
+  float *scores = scratch, *query = scores + padded(last), *key = query + n, *open = key + n, *found = open + p;
+  std::fill(query + size, query + n, 0.0f);
   for (int t = 0; t < tokens; ++t, ++position) {
     const float* row = xbc + t * xbc_stride;
     const float* turn = turns + static_cast<std::size_t>(t) * size;
-    const int place = static_cast<int>(position % window.tokens);
-    const int filled = static_cast<int>(std::min<std::int64_t>(position + 1, window.tokens));
-    for (int i = 0; i < size; ++i) {
-      put(turned(row + window.b, turn, size, i), keys + static_cast<std::size_t>(i) * stride + place);
-      query[i] = turned(row + window.c, turn, size, i);
-    }
-    T* own_value = values + static_cast<std::size_t>(place) * width;
-    for (int p = 0; p < width; ++p) put(row[window.x + p], own_value + p);
+    const int place = static_cast<int>(position % last);
+    const int filled = static_cast<int>(std::min<std::int64_t>(position + 1, last));
+    turned(row + window.c, turn, size, query);
+    turned(row + window.b, turn, size, key);
+    T *own_key = keys + static_cast<std::size_t>(place) * n, *own_value = values + static_cast<std::size_t>(place) * p;
+    put_row(key, size, own_key);
+    put_row(row + window.x, width, own_value);
     if (position == 0) {
-      for (int i = 0; i < size; ++i) first_key[i] = keys[static_cast<std::size_t>(i) * stride];
-      std::copy(values, values + width, first_value);
+      std::copy(keys, keys + n, first_key);
+      std::copy(values, values + p, first_value);
     }
-    int at = 0;
-    for (; at + 4 * kLanes <= padded(filled); at += 4 * kLanes)
-      products<4>(query, size, keys + at, stride, scores + at);
-    for (; at < padded(filled); at += kLanes) products<1>(query, size, keys + at, stride, scores + at);
-    // Until the first token leaves the window it is one of the last.
-    const bool apart = position >= window.tokens;
-    float own = apart ? 0.0f : -std::numeric_limits<float>::infinity();
-    for (int i = 0; apart && i < size; ++i) own += query[i] * one_widened(first_key[i]);
-    float best = own;
-    for (int i = 0; i < filled; ++i) best = std::max(best, scores[i]);
+    for (int at = 0; at < filled; at += kLanes)
+      store(scores + at, products(query, n, keys + static_cast<std::size_t>(at) * n));
     std::fill(scores + filled, scores + padded(filled), -std::numeric_limits<float>::infinity());
+    // Until the first token leaves the window it is one of the last.
+    F apart{};
+    for (int i = 0; position >= last && i < n; i += kLanes) apart += widened(first_key + i) * load<F>(query + i);
+    const float own = position >= last ? sum(apart) : -std::numeric_limits<float>::infinity();
+    F peaks = splat(own);
+    for (int at = 0; at < filled; at += kLanes) peaks = most(peaks, load<F>(scores + at));
+    float best = own;
+    for (int l = 0; l < kLanes; ++l) best = std::max(best, peaks[l]);
     F total{};
-    for (at = 0; at < padded(filled); at += kLanes) {
+    for (int at = 0; at < filled; at += kLanes) {
+      // Places without a token are left e^-87, which is nothing beside the best one's 1.
       const F share = exponential(load<F>(scores + at) - best);
       store(scores + at, share);
       total += share;
     }
-    // Places without a token are left e^-87, which is nothing beside the best one's 1.
-    const float first_share = apart ? std::exp(own - best) : 0.0f;
+    const float first_share = position >= last ? std::exp(own - best) : 0.0f;
     const float factor = 1.0f / (sum(total) + first_share);
-    int p = 0;
-    for (; p + 4 * kLanes <= width; p += 4 * kLanes) {
-      F sums[4];
-      for (int v = 0; v < 4; ++v) sums[v] = widened(first_value + p + v * kLanes) * first_share;
-      for (int i = 0; i < filled; ++i) {
-        const T* value = values + static_cast<std::size_t>(i) * width + p;
-        for (int v = 0; v < 4; ++v) sums[v] += widened(value + v * kLanes) * scores[i];
+    for (int at = 0; at < p; at += 4 * kLanes) {
+      const int parts = std::min(4, (p - at) / kLanes);
+      F sums[4] = {};
+      for (int v = 0; v < parts; ++v) sums[v] = widened(first_value + at + v * kLanes) * first_share;
+      const T* value = values + at;
+      if (parts == 4) {
+        for (int i = 0; i < filled; ++i, value += p)
+          for (int v = 0; v < 4; ++v) sums[v] += widened(value + v * kLanes) * scores[i];
+      } else {
+        for (int i = 0; i < filled; ++i, value += p)
+          for (int v = 0; v < parts; ++v) sums[v] += widened(value + v * kLanes) * scores[i];
       }
-      for (int v = 0; v < 4; ++v) store(found + p + v * kLanes, sums[v] * factor);
+      for (int v = 0; v < parts; ++v) store(found + at + v * kLanes, sums[v] * factor);
     }
-    for (; p < width; ++p) {
-      float one = one_widened(first_value[p]) * first_share;
-      for (int i = 0; i < filled; ++i) one += one_widened(values[static_cast<std::size_t>(i) * width + p]) * scores[i];
-      found[p] = one * factor;
-    }
-    for (p = 0; p < width; ++p) open[p] = gate[t * gate_stride + p] + window.gate_bias[p];
+    for (int i = 0; i < width; ++i) open[i] = gate[t * gate_stride + i] + window.gate_bias[i];
     gated(open, found, width, found);
-    for (p = 0; p < width; ++p) y[t * y_stride + p] += found[p];
+    for (int i = 0; i < width; ++i) y[t * y_stride + i] += found[i];
   }
 }
 
