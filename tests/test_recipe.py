@@ -27,7 +27,7 @@ MARK = re.compile(r"\b(paper|Llamba|ours)\b")
 
 @cache
 def read_shipped(name: str) -> Recipe:
-    return read_recipe(name, ["data.source=FOLDER"] if name == "smollm2-135m" else [])
+    return read_recipe(name, ["data.source=FOLDER"] if name.startswith("smollm2-135m") else [])
 
 
 def read_text(tmp_path: Path, text: str, overrides: list[str] | None = None) -> Recipe:

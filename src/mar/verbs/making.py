@@ -133,8 +133,8 @@ def refine(
     Any setting of the recipe can be changed by its dotted name: --stages.align.train.tokens=1000
 
     Args:
-        recipe: a YAML file or the name of a recipe that mar ships (quickstart, smollm2-135m, llama-3.2-1b,
-            ablations/ROW).
+        recipe: a YAML file or the name of a recipe that mar ships (quickstart, smollm2-135m, smollm2-135m-hybrid,
+            llama-3.2-1b, ablations/ROW).
         output: the run's folder (default: runs/ and the recipe's name).
         debug: cut every budget to two small steps.
         print_config: print the whole recipe, changes included, as YAML (with --json as JSON) and stop.
