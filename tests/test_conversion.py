@@ -222,6 +222,14 @@ def test_a_window_of_all_tokens_is_the_teacher():
     assert align_error(student, teacher, packed_rows(((40,), (25, 15)), seed=1)) < 1e-3
 
 
+def test_scaled_positions_have_no_window():
+    scaled = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+    teacher = llama_model(rope_parameters=scaled)
+    assert convert_llama(teacher).config.window == 0
+    with pytest.raises(ValueError, match=r"scaled \(rope_type 'linear'\).* convert it without one"):
+        convert_llama(teacher, "hybrid")
+
+
 @pytest.mark.parametrize("window", [0, 8])
 def test_calibration_survives_a_pruned_head(window: int):
     teacher = llama_model()

@@ -44,6 +44,13 @@ def convert_llama(
         raise ValueError(f"init is {init!r}; use 'attention' or 'llamba'.")
     if unknown := sorted(set(choices) - set(MIXER_CHOICES)):
         raise ValueError(f"{unknown[0]!r} is no choice of a mixer; use one of {', '.join(map(repr, MIXER_CHOICES))}.")
+    mixer = {**MIXER_PRESETS[preset], **choices}
+    rotary = source.rope_parameters
+    if mixer.get("window") and rotary["rope_type"] != "default":
+        raise ValueError(
+            f"The teacher's rotary positions are scaled (rope_type {rotary['rope_type']!r}), which a window has not; "
+            "convert it without one."
+        )
     config = MarConfig(
         vocab_size=source.vocab_size,
         hidden_size=source.hidden_size,
@@ -56,13 +63,13 @@ def convert_llama(
         max_position_embeddings=source.max_position_embeddings,
         initializer_range=source.initializer_range,
         rms_norm_eps=source.rms_norm_eps,
-        rotary_base=source.rope_parameters["rope_theta"],
+        rotary_base=rotary["rope_theta"],
         mlp_bias=source.mlp_bias,
         tie_word_embeddings=source.tie_word_embeddings,
         pad_token_id=source.pad_token_id,
         bos_token_id=source.bos_token_id,
         eos_token_id=source.eos_token_id,
-        **{**MIXER_PRESETS[preset], **choices},
+        **mixer,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
