@@ -50,7 +50,7 @@ def tiny_recipe(teacher: Path, source: Path | str, kinds: tuple[str, ...] = ("al
 def shipped_in_debug_size(name: str, teacher: Path, text: Path) -> Recipe:
     """A recipe that mar ships in its debug size, with the tiny teacher, on local text where it names a source."""
     overrides = [f"teacher={teacher}"]
-    if name in ("smollm2-135m", "llama-3.2-1b"):
+    if name in ("smollm2-135m", "smollm2-135m-hybrid", "llama-3.2-1b"):
         overrides += [f"data.source={text}", "data.held_out_share=0.3"]
     return debug_size(read_recipe(name, overrides))
 
