@@ -16,10 +16,10 @@ from mar.window import rotary
 HEADS, WIDTH, SIZE, WINDOW = 2, 4, 6, 5
 
 
-def mixer_of(window: int = WINDOW, **choices: Any) -> DiscreteMamba2:
+def mixer_of() -> DiscreteMamba2:
     torch.manual_seed(0)
     config = MarConfig(
-        hidden_size=12, num_heads=HEADS, head_dim=WIDTH, state_size=SIZE, window=window, rotary_base=100.0, **choices
+        hidden_size=12, num_heads=HEADS, head_dim=WIDTH, state_size=SIZE, window=WINDOW, rotary_base=100.0
     )
     mixer = DiscreteMamba2(config).double()
     for parameter in mixer.parameters():
@@ -47,17 +47,12 @@ def plain(mixer: DiscreteMamba2, hidden: Tensor) -> Tensor:
     return torch.stack(outputs)
 
 
-def added(mixer: DiscreteMamba2, hidden: Tensor, **given: Any) -> Tensor:
-    """What the window adds to y of (b, l, d)."""
-    return mixer._windowed(mixer._project(hidden)[0], given.get("past"), given.get("mask"), given.get("ids"))[0]
-
-
 @pytest.mark.parametrize("length", [1, 4, 5, 6, 23])
 def test_it_is_one_softmax_over_the_last_tokens_and_the_first(length: int) -> None:
     mixer = mixer_of()
     hidden = torch.randn(3, length, 12, dtype=torch.float64)
     expected = torch.stack([plain(mixer, row) for row in hidden])
-    torch.testing.assert_close(added(mixer, hidden), expected)
+    torch.testing.assert_close(mixer.windowed(hidden), expected)
 
 
 def test_rotary_positions_are_those_of_transformers() -> None:
@@ -122,11 +117,24 @@ def test_padding_on_the_left_leaves_no_trace(padding: int) -> None:
     torch.testing.assert_close(mixer(more, state)[0], mixer(more, alone)[0])
 
 
+def test_padding_before_a_later_document_leaves_no_trace() -> None:
+    mixer = mixer_of()
+    hidden = torch.randn(1, 14, 12, dtype=torch.float64)
+    ids = torch.tensor([[0] * 4 + [1] * 10])
+    mask = torch.ones(1, 14, dtype=torch.bool)
+    mask[:, 4:7] = False
+    found, last = mixer(hidden, None, mask, ids)
+    expected, state = mixer(hidden[:, 7:])
+    torch.testing.assert_close(found[:, 7:], expected)
+    for one, other in zip(last, state, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_gradients_are_right() -> None:
     mixer = mixer_of()
     hidden = torch.randn(1, 11, 12, dtype=torch.float64, requires_grad=True)
     ids = torch.tensor([[0] * 3 + [1] * 8])
-    assert torch.autograd.gradcheck(lambda x: added(mixer, x, ids=ids), (hidden,))
+    assert torch.autograd.gradcheck(lambda x: mixer.windowed(x, ids), (hidden,))
 
 
 def test_generation_with_a_cache_is_generation_without() -> None:
@@ -152,7 +160,8 @@ def test_a_mixer_with_a_window_has_no_one_matrix() -> None:
 
 @pytest.mark.parametrize(
     ("choices", "message"),
-    [({"window": 3}, "window is 3"), ({"window": -1}, "window is -1"), ({"window": 8.0}, "window is 8.0"),
+    [({"window": 3}, "window is 3"), ({"window": 1, "conv_kernel": 1}, "window is 1"),
+     ({"window": -1}, "window is -1"), ({"window": 8.0}, "window is 8.0"),
      ({"window": 8, "state_size": 5}, "state_size is 5"), ({"window": 8, "rotary_base": 0}, "rotary_base is 0")],
 )  # fmt: skip
 def test_settings_that_make_no_window_are_refused(choices: dict[str, Any], message: str) -> None:

@@ -21,8 +21,8 @@ NEURON_KINDS = ("atmn", "ternary", "binary")
 MIXER_PRESETS: dict[str, dict[str, Any]] = {
     "llamba": {"input_gain": "none", "bc_norm": "none", "decay_bias": False},
     "fast": {"input_gain": "one_minus_decay", "bc_norm": "l2", "decay_bias": True},
+    "hybrid": {"input_gain": "one_minus_decay", "bc_norm": "l2", "decay_bias": True, "window": 64},
 }
-MIXER_PRESETS["hybrid"] = MIXER_PRESETS["fast"] | {"window": 64}
 """`llamba` is the mixer as published; `fast`, the default, learned fastest from attention weights (docs/lab-log.md);
 `hybrid` keeps attention over the last 64 tokens and the first one beside it, which is no longer the paper's model."""
 
@@ -98,8 +98,8 @@ class MarConfig(PreTrainedConfig):
     input_gain: `none` (as published) or `one_minus_decay` (zero-order hold: x is scaled by 1 - decay).
     bc_norm: `none` (as published) or `l2` (B and C of unit length per head, C then times sqrt(N)).
     decay_bias: whether the decay logits have a trainable bias per head (off as published).
-    window: tokens that attention beside the scan looks back at, the first one of all besides; 0 (as published) for no
-        attention. rotary_base: of its positions. Ours, see `mar.window`.
+    window: tokens that attention beside the scan looks at, the current one counted and the first one of all besides; 0
+        (as published) for no attention. rotary_base: of its positions. Ours, see `mar.window`.
     neurons: None for a dense model, else a mapping from site to the fields of `NeuronConfig` (see `site_neurons`).
     compact: how a compact folder holds its weights (see `mar.compact`); None for any other, and in a model once loaded.
     """
@@ -153,9 +153,10 @@ class MarConfig(PreTrainedConfig):
             value = getattr(self, name)
             if not _is_integer(value) or value < 1:
                 raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1.")
-        if not _is_integer(self.window) or not (self.window == 0 or self.window >= self.conv_kernel):
+        least = max(2, self.conv_kernel)  # what is carried over holds the convolution's inputs and a position
+        if not _is_integer(self.window) or not (self.window == 0 or self.window >= least):
             raise ValueError(
-                f"window is {self.window!r}; use 0 for none, or at least conv_kernel ({self.conv_kernel}) tokens."
+                f"window is {self.window!r}; use 0 for none, or at least {least} tokens (conv_kernel, and never 1)."
             )
         if self.window and self.state_size % 2:
             raise ValueError(f"state_size is {self.state_size}; a window turns pairs of channels, so it must be even.")

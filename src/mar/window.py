@@ -35,7 +35,8 @@ def carried(
     """All that the tokens of a call can look at, and where each finds its first token.
 
     Rows are what was carried over, (b, window, c + 1): the sequence's first token, then the last window - 1; then this
-    call's tokens. The last channel is a row's position in its sequence plus 1, and 0 where there is nothing.
+    call's tokens. The last channel is a row's position in its sequence plus 1, and 0 where there is nothing. Padding
+    stands before a sequence's first token: after it, it would take places of the window.
     """
     batch, length, _ = xbc.shape
     work = torch.promote_types(xbc.dtype, torch.float32)  # narrower floats would round positions
@@ -43,7 +44,8 @@ def carried(
         past = xbc.new_zeros(batch, window, xbc.shape[2] + 1, dtype=work)
     real = torch.ones(batch, length, dtype=torch.bool, device=xbc.device) if mask is None else mask
     seen = past[:, :, -1].amax(1, keepdim=True).long()
-    positions = (seen + real.cumsum(1)) * real
+    count = real.cumsum(1)
+    positions = seen + count
     # The first token is in the tail too as long as it is one of the last; there it is found, and else in its own row.
     tail_first = past[:, 1:, -1] == 1
     first = torch.where(tail_first.any(1), 1 + tail_first.float().argmax(1), 0)
@@ -54,9 +56,12 @@ def carried(
         start = torch.ones_like(ids, dtype=torch.bool)
         start[:, 1:] = ids[:, 1:] != ids[:, :-1]
         start_index = torch.where(start, index, 0).cummax(1).values
-        first = torch.where(ids == ids[:, :1], first, window + start_index)
-        before = positions.gather(1, start_index) - 1
-        positions = torch.where(ids == ids[:, :1], positions, positions - before)
+        later = ids != ids[:, :1]
+        own = count - (count - real.long()).gather(1, start_index)
+        first_real = torch.where(real & (own == 1), index, 0).cummax(1).values
+        first = torch.where(later, window + first_real, first)
+        positions = torch.where(later, own, positions)
+    positions = positions * real
     rows = torch.cat([xbc.to(work) * real[..., None], positions[..., None].to(work)], dim=-1)
     return torch.cat([past.to(work), rows], dim=1), first
 
@@ -87,7 +92,7 @@ def attend(
     """softmax(C_t . B_s) x_s over the last `window` tokens s of t's sequence, itself included, and its first token.
 
     rows, first: of `carried`; their channels are x, B, C of all heads. Scores have no factor of their own, as
-    conversion puts 1 / sqrt(N) into C. A token with nothing to look at (padding) gets zeros.
+    conversion from attention weights puts 1 / sqrt(N) into C. A token with nothing to look at (padding) gets zeros.
     """
     batch, length = first.shape
     if length == 0:
