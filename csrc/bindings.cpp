@@ -301,6 +301,8 @@ struct LinearAlone {
   }
 };
 
+constexpr std::int64_t kMostTokens = std::int64_t{1} << 53;
+
 template <typename T>
 nb::ndarray<nb::numpy, T, nb::ndim<1>> view(std::vector<T>& values, nb::handle owner) {
   return nb::ndarray<nb::numpy, T, nb::ndim<1>>(values.data(), {values.size()}, owner);
@@ -329,7 +331,11 @@ NB_MODULE(_native, m) {
       .def("conv", [](nb::handle_t<mar::State> self) { return view(nb::cast<mar::State&>(self).conv, self); })
       .def("ssm", [](nb::handle_t<mar::State> self) { return view(nb::cast<mar::State&>(self).ssm, self); })
       .def("window", [](nb::handle_t<mar::State> self) { return view(nb::cast<mar::State&>(self).window, self); })
-      .def("set_tokens", [](mar::State& state, std::int64_t tokens) { state.tokens = tokens; });
+      .def("set_tokens", [](mar::State& state, std::int64_t tokens) {
+        // A window's places come from it: what is negative, or runs over, would lie outside.
+        if (tokens < 0 || tokens > kMostTokens) throw std::invalid_argument("tokens must be from 0 to 2^53.");
+        state.tokens = tokens;
+      });
 
   nb::class_<LinearAlone>(m, "Linear")
       .def(nb::init<const std::string&, int, int, const nb::dict&, int, int>(), "precision"_a, "inputs"_a, "outputs"_a,

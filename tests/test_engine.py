@@ -374,8 +374,10 @@ def test_damaged_and_foreign_states_are_refused(native: Engine, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"tokens": np.int64(-1)}, {"tokens": np.float64(1e30)}, {"ssm": np.nan}, {"conv": np.inf}]
-)
+    "changes",
+    [{"tokens": np.int64(-1)}, {"tokens": np.int64(2**63 - 3)}, {"tokens": np.float64(3.7)},
+     {"tokens": np.float64(1e30)}, {"ssm": np.nan}, {"conv": np.inf}],
+)  # fmt: skip
 def test_states_that_no_text_leaves_behind_are_refused(native: Engine, tmp_path: Path, changes: dict[str, Any]):
     native.save_state(native.new_state(), tmp_path / "a.state")
     with np.load(tmp_path / "a.state") as found:
@@ -386,6 +388,11 @@ def test_states_that_no_text_leaves_behind_are_refused(native: Engine, tmp_path:
         np.savez(file, **parts)
     with pytest.raises(ValueError, match=r"b\.state holds a state that no text leaves behind; save it again"):
         native.load_state(tmp_path / "b.state")
+
+
+def test_a_state_counts_no_fewer_than_no_tokens(native: Engine):
+    with pytest.raises(ValueError, match=r"tokens must be from 0 to 2\^53"):
+        native.new_state().set_tokens(-5)
 
 
 @pytest.mark.parametrize("threads", [0, -1, 257, 1 << 31, 1 << 80, -(1 << 80)])

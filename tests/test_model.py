@@ -93,6 +93,15 @@ def test_padding_of_a_mask_that_covers_the_past_too(model):
     torch.testing.assert_close(then.logits, whole.logits[:, 4:], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("cached", [False, True])
+@torch.no_grad()
+def test_padding_between_tokens_is_refused(model, cached):
+    ids, mask = tokens(2, 9), torch.tensor([[1] * 9, [1] * 4 + [0] * 2 + [1] * 3])
+    cache = model(ids[:, :6], attention_mask=mask[:, :6]).past_key_values if cached else None
+    with pytest.raises(ValueError, match="padding between the tokens of row 1; pad on the left"):
+        model(ids[:, 6:] if cached else ids, attention_mask=mask, past_key_values=cache)
+
+
 def test_a_cache_can_be_emptied_and_used_again(model):
     ids = tokens(1, 8)
     with torch.no_grad():

@@ -398,6 +398,11 @@ NO_ONE = "no such key"
     ("changes", "message"),
     [
         ({"hidden_act": "gelu"}, "knows silu only"),
+        ({"bc_norm": "L2"}, "bc_norm is 'L2'"),
+        ({"input_gain": "one-minus-decay"}, "input_gain is 'one-minus-decay'"),
+        ({"rotary_base": True}, "rotary_base is True"),
+        ({"window": False}, "window is False"),
+        ({"window": None}, "window is None"),
         ({"num_heads": 0}, "num_heads is 0; it must be an integer from 1"),
         ({"num_heads": -4}, "num_heads is -4"),
         ({"head_dim": "8"}, "head_dim is '8'"),

@@ -58,6 +58,11 @@ def test_the_text_of_smollm2_is_the_users() -> None:
     assert recipe.stages["align"].train.tokens == 10_000_000
 
 
+def test_a_window_is_not_oriented() -> None:
+    with pytest.raises(ValueError, match="orients mixers of preset 'hybrid'"):
+        read_recipe("llama-3.2-1b", ["data.source=a.jsonl", "mixer.preset=hybrid"])
+
+
 def test_the_llama_recipe_has_the_paper_s_values() -> None:
     recipe = read_shipped("llama-3.2-1b")
     assert recipe.teacher == "meta-llama/Llama-3.2-1B-Instruct"

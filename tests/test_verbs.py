@@ -233,6 +233,9 @@ def test_convert_reads_llamba_folders(
     assert result["parameters"] == student.num_parameters()
     origin = provenance(tmp_path / "dense")["teacher"]
     assert (origin["kind"], origin["sha256"]) == ("llamba", digest(tmp_path / "llamba"))
+    with pytest.raises(ValueError, match="is a Llamba folder: it is taken as it was published"):
+        verbs.convert(str(tmp_path / "llamba"), tmp_path / "hybrid", preset="hybrid")
+    assert not (tmp_path / "hybrid").exists()
 
 
 def test_training_is_gone_on_with(folders: Folders, tmp_path: Path) -> None:

@@ -130,6 +130,25 @@ def test_padding_before_a_later_document_leaves_no_trace() -> None:
         torch.testing.assert_close(one, other)
 
 
+def test_a_document_of_padding_only_leaves_nothing() -> None:
+    mixer = mixer_of()
+    hidden = torch.randn(1, 15, 12, dtype=torch.float64)
+    ids = torch.tensor([[0] * 9 + [1] * 3])
+    mask = torch.ones(1, 12, dtype=torch.bool)
+    mask[:, 9:] = False
+    _, state = mixer(hidden[:, :12], None, mask, ids)
+    torch.testing.assert_close(mixer(hidden[:, 12:], state)[0], mixer(hidden[:, 12:])[0])
+
+
+def test_no_tokens_change_nothing() -> None:
+    mixer = mixer_of()
+    hidden = torch.randn(2, 9, 12, dtype=torch.float64)
+    _, state = mixer(hidden[:, :6])
+    nothing, same = mixer(hidden[:, :0], state)
+    assert nothing.shape == (2, 0, 12)
+    torch.testing.assert_close(mixer(hidden[:, 6:], same)[0], mixer(hidden[:, 6:], state)[0])
+
+
 def test_gradients_are_right() -> None:
     mixer = mixer_of()
     hidden = torch.randn(1, 11, 12, dtype=torch.float64, requires_grad=True)
@@ -161,7 +180,8 @@ def test_a_mixer_with_a_window_has_no_one_matrix() -> None:
 @pytest.mark.parametrize(
     ("choices", "message"),
     [({"window": 3}, "window is 3"), ({"window": 1, "conv_kernel": 1}, "window is 1"),
-     ({"window": -1}, "window is -1"), ({"window": 8.0}, "window is 8.0"),
+     ({"window": -1}, "window is -1"), ({"window": 1 << 40}, f"window is {1 << 40}"),
+     ({"window": 8, "rotary_base": 10**400}, "rotary_base is 1000"), ({"window": 8.0}, "window is 8.0"),
      ({"window": 8, "state_size": 5}, "state_size is 5"), ({"window": 8, "rotary_base": 0}, "rotary_base is 0")],
 )  # fmt: skip
 def test_settings_that_make_no_window_are_refused(choices: dict[str, Any], message: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import sys
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, no_type_check
 
@@ -25,6 +26,10 @@ MIXER_PRESETS: dict[str, dict[str, Any]] = {
 }
 """`llamba` is the mixer as published; `fast`, the default, learned fastest from attention weights (docs/lab-log.md);
 `hybrid` keeps attention over the last 64 tokens and the first one beside it, which is no longer the paper's model."""
+
+
+MOST_WINDOW = 1 << 20
+"""Tokens; the engine has as many at most."""
 
 
 @dataclass(frozen=True)
@@ -154,13 +159,13 @@ class MarConfig(PreTrainedConfig):
             if not _is_integer(value) or value < 1:
                 raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1.")
         least = max(2, self.conv_kernel)  # what is carried over holds the convolution's inputs and a position
-        if not _is_integer(self.window) or not (self.window == 0 or self.window >= least):
+        if not _is_integer(self.window) or not (self.window == 0 or least <= self.window <= MOST_WINDOW):
             raise ValueError(
-                f"window is {self.window!r}; use 0 for none, or at least {least} tokens (conv_kernel, and never 1)."
+                f"window is {self.window!r}; use 0 for none, or {least} (conv_kernel, and never 1) to {MOST_WINDOW}."
             )
         if self.window and self.state_size % 2:
             raise ValueError(f"state_size is {self.state_size}; a window turns pairs of channels, so it must be even.")
-        if not _is_number(self.rotary_base) or not 0 < self.rotary_base < math.inf:
+        if not _is_number(self.rotary_base) or not 0 < self.rotary_base < sys.float_info.max:
             raise ValueError(f"rotary_base is {self.rotary_base!r}; it must be a number above 0.")
         for name in ("initializer_range", "rms_norm_eps"):
             value = getattr(self, name)

@@ -167,7 +167,7 @@ def calibrate_mixers(student: MarForCausalLM, teacher: PreTrainedModel, batch: d
         parts = torch.cat([torch.einsum("blhp,dhp->blhd", part, weight) for part in found], dim=2)
         columns = parts.transpose(2, 3).flatten(0, 2)  # (tokens * d, 2 or 3 * heads): what each head adds, per scalar
         gram = columns.T @ columns
-        ridge = 1e-4 * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
+        ridge = (1e-4 * gram.diagonal().mean()).clamp(min=1e-12) * torch.eye(len(gram), device=gram.device)
         scale, skip, *kept = torch.linalg.solve(gram + ridge, columns.T @ trace.mixed.float().flatten()).split(
             config.num_heads
         )
@@ -179,8 +179,8 @@ def calibrate_mixers(student: MarForCausalLM, teacher: PreTrainedModel, batch: d
             # It computes kept * (window + y' + D x'): the window decides the output's size, for it is most of it, and
             # the scan's part goes into the convolution of x.
             (kept,) = kept
-            own = torch.where(kept == 0, 0.0, scale / kept).repeat_interleave(config.head_dim)
-            mixer.conv_weight[: config.inner_size] *= own[:, None]
+            ratio = torch.where(kept == 0, 0.0, scale / kept).repeat_interleave(config.head_dim)
+            mixer.conv_weight[: config.inner_size] *= ratio[:, None]
             scale = kept
         mixer.out_proj.weight.mul_(scale.repeat_interleave(config.head_dim))
 

@@ -61,7 +61,7 @@ class DiscreteMamba2(nn.Module):
         mask: Bool[Tensor, "b l"] | None = None,
         document_ids: Int[Tensor, "b l"] | None = None,
     ) -> tuple[Float[Tensor, "b l d"], MixerState]:
-        """Mix tokens. `mask` is False at padding, which then leaves no trace; `state` continues an earlier call.
+        """Mix tokens. `mask` is False at padding, which leaves no trace before tokens; `state` continues earlier calls.
 
         `document_ids` restarts convolution and state where it changes within a row.
         """

@@ -213,8 +213,9 @@ class MarModel(MarPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """Hidden states (b, l, d) after the final norm.
 
-        attention_mask: (b, l) or (b, past + l), zero at padding. document_ids: (b, l) for packed rows; convolution and
-        state restart where it changes. past_key_values: a MarCache made for this config.
+        attention_mask: (b, l) or (b, past + l), zero at padding; ValueError where tokens follow padding that follows
+        tokens, as when right-padded rows are continued: pad on the left. document_ids: (b, l) for packed rows;
+        convolution, state and window restart where it changes. past_key_values: a MarCache made for this config.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give the model exactly one of input_ids and inputs_embeds.")
@@ -223,6 +224,9 @@ class MarModel(MarPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = MarCache(self.config)
         mask = _padding_mask(attention_mask, hidden.shape[1])
+        if attention_mask is not None and document_ids is None:
+            past = past_key_values is not None and past_key_values.get_seq_length() > 0
+            _check_padding(attention_mask.bool(), past and attention_mask.shape[1] == hidden.shape[1])
         kept = [hidden] if output_hidden_states else None
         for index, layer in enumerate(self.layers):
             state = None if past_key_values is None else _load_state(past_key_values, index)
@@ -249,6 +253,21 @@ def _padding_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
         return None
     mask = attention_mask[:, attention_mask.shape[1] - length :].bool()
     return None if bool(mask.all()) else mask
+
+
+def _check_padding(mask: Tensor, continues: bool) -> None:
+    """Padding between tokens would take the place of what precedes it in convolution and window."""
+    if bool(mask.all()):
+        return
+    before = torch.ones_like(mask[:, :1]) if continues else mask[:, :0]
+    rows = torch.cat([before, mask], dim=1)
+    gaps = ~rows & rows.cummax(1).values & rows.flip(1).cummax(1).values.flip(1)
+    if bool(gaps.any()):
+        row = int(gaps.any(1).nonzero()[0, 0])
+        raise ValueError(
+            f"attention_mask has padding between the tokens of row {row}; pad on the left "
+            "(tokenizer.padding_side = 'left'), and where rows go on from a cache give the mask of all their tokens."
+        )
 
 
 def _load_state(cache: Cache, index: int) -> MixerState | None:

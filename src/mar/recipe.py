@@ -160,6 +160,11 @@ class Recipe:
                 f"Recipe {self.name!r} has a dense stage after a spiking one; put align and distill before spike_align "
                 "and spike."
             )
+        if self.mixer.preset == "hybrid" and any(stage.kind == "orient" for stage in self.stages.values()):
+            raise ValueError(
+                f"Recipe {self.name!r} orients mixers of preset 'hybrid', whose scan and window are not one mixing "
+                "matrix; leave the orient stage out or take another preset."
+            )
 
 
 def recipe_parser() -> ArgumentParser:

@@ -37,6 +37,12 @@ def convert_to_folder(source: str, output: Path, preset: str, init: str, text: s
     """The dense student of a LLaMA or of a published Llamba folder, written to `output`; see `mar convert`."""
     _refuse_taken(output)
     if _is_llamba(Path(source)):
+        if text is not None or preset == "hybrid":
+            raise ValueError(
+                f"{source} is a Llamba folder: it is taken as it was published, with mixers of its own; leave out "
+                "--text and --preset."
+            )
+        preset, init = "llamba", "published"
         student = convert_llamba(source)
         tokenizer = load_tokenizer(source)
         origin: dict[str, Any] = {"kind": "llamba", "name": source, "sha256": digest(Path(source))}

@@ -42,6 +42,8 @@ def carried(
     work = torch.promote_types(xbc.dtype, torch.float32)  # narrower floats would round positions
     if past is None:
         past = xbc.new_zeros(batch, window, xbc.shape[2] + 1, dtype=work)
+    if length == 0:
+        return past.to(work), torch.zeros(batch, 0, dtype=torch.long, device=xbc.device)
     real = torch.ones(batch, length, dtype=torch.bool, device=xbc.device) if mask is None else mask
     seen = past[:, :, -1].amax(1, keepdim=True).long()
     count = real.cumsum(1)
@@ -58,7 +60,8 @@ def carried(
         start_index = torch.where(start, index, 0).cummax(1).values
         later = ids != ids[:, :1]
         own = count - (count - real.long()).gather(1, start_index)
-        first_real = torch.where(real & (own == 1), index, 0).cummax(1).values
+        # Before its first real token a document is empty: it finds its first token at padding.
+        first_real = torch.where(real & (own == 1) | (own == 0), index, 0).cummax(1).values
         first = torch.where(later, window + first_real, first)
         positions = torch.where(later, own, positions)
     positions = positions * real

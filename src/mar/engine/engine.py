@@ -35,6 +35,9 @@ SCORE_BLOCK = 256
 
 MOST_THREADS = 256
 
+MOST_TOKENS = 1 << 53
+"""Of a state that is loaded; no text is as long."""
+
 SMALLEST = float(np.finfo(np.float32).tiny)
 """Temperatures below it are 0 in fp32 arithmetic."""
 
@@ -185,20 +188,21 @@ class Engine:
             try:
                 found = np.load(source, allow_pickle=False)
                 parts = {name: found[name] for name in ("conv", "ssm", "window", "tokens", "model")}
-                tokens, model = int(parts["tokens"]), str(parts["model"])
+                tokens, model = parts["tokens"][()], str(parts["model"])
             except Exception as error:  # damage shows as errors of zipfile, zlib and numpy
                 raise ValueError(f"{file} holds no state ({error}); save it again.") from error
         if model != self._source:
             raise ValueError(f"{file} holds the state of another model; use it with that model.")
+        counted = isinstance(tokens, np.integer) and 0 <= tokens <= MOST_TOKENS
         state = self.new_state()
         for name, to in (("conv", state.conv()), ("ssm", state.ssm()), ("window", state.window())):
             if parts[name].shape != to.shape or parts[name].dtype != to.dtype:
                 raise ValueError(f"{file} holds a state of another shape; save it again.")
             values = self._window_values(parts[name]) if name == "window" else parts[name]
-            if not np.isfinite(values).all() or not 0 <= tokens < 1 << 63:
+            if not np.isfinite(values).all() or not counted:
                 raise ValueError(f"{file} holds a state that no text leaves behind; save it again.")
             to[:] = parts[name]
-        state.set_tokens(tokens)
+        state.set_tokens(int(tokens))
         return state
 
     def _window_values(self, raw: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
+import sys
 import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -156,17 +156,23 @@ def engine_settings(config: dict[str, Any], settings: PackSettings) -> dict[str,
         raise ValueError(f"hidden_act is {config['hidden_act']!r}; the engine knows silu only.")
     found: dict[str, Any] = {name: _integer(config, name) for name in SIZES}
     eps = config.get("rms_norm_eps", 1e-5)
-    if not isinstance(eps, int | float) or not 0 <= eps < 1:
+    if type(eps) not in (int, float) or not 0 <= eps < 1:
         raise ValueError(f"rms_norm_eps is {eps!r}; it must be a number from 0 to 1.")
     base = config.get("rotary_base", 1e4)
-    if not isinstance(base, int | float) or not 0 < base < math.inf:
+    if type(base) not in (int, float) or not 0 < base < sys.float_info.max:
         raise ValueError(f"rotary_base is {base!r}; it must be a number above 0.")
+    if found["state_size"] % 2 and config.get("window", 0):
+        raise ValueError(f"state_size is {found['state_size']}; a window turns pairs of channels, so it must be even.")
+    gain, norm = config.get("input_gain", "one_minus_decay"), config.get("bc_norm", "l2")
+    for name, value, known in (("input_gain", gain, ("none", "one_minus_decay")), ("bc_norm", norm, ("none", "l2"))):
+        if value not in known:
+            raise ValueError(f"{name} is {value!r}; use one of {', '.join(map(repr, known))}.")
     found |= {
         "rms_norm_eps": float(eps),
-        "gain": int(config.get("input_gain", "one_minus_decay") == "one_minus_decay"),
-        "window": _integer(config, "window", 1 << 20) if config.get("window", 0) else 0,
+        "gain": int(gain == "one_minus_decay"),
+        "window": _integer({"window": 0} | config, "window", 1 << 20, least=0),
         "rotary_base": float(base),
-        "unit": int(config.get("bc_norm", "l2") == "l2"),
+        "unit": int(norm == "l2"),
         "precision": settings.precision,
         "head_precision": _bulk_precision(settings.kind_of_head),
         "panel": PANEL,
@@ -177,10 +183,10 @@ def engine_settings(config: dict[str, Any], settings: PackSettings) -> dict[str,
     return found
 
 
-def _integer(values: dict[str, Any], name: str, most: int = 1 << 28) -> int:
+def _integer(values: dict[str, Any], name: str, most: int = 1 << 28, least: int = 1) -> int:
     value = values.get(name)
-    if not isinstance(value, int) or not 1 <= value <= most:
-        raise ValueError(f"{name} is {value!r}; it must be an integer from 1 to {most}.")
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{name} is {value!r}; it must be an integer from {least} to {most}.")
     return value
 
 
