@@ -601,6 +601,16 @@ def test_every_pair_of_precisions_runs(precision: str, head: str, tmp_path: Path
     assert error < max(limits[precision], limits[head])
 
 
+def test_a_window_kept_in_bf16_stays_near_torch(tmp_path: Path):
+    model = spiking_model(window=7, rotary_base=50.0)
+    native = engine(model, tmp_path, "bf16", head="fp32")
+    expected, codes, _ = run_torch(model, ids := tokens(40))
+    state = native.new_state()
+    pairs = zip(ids.tolist(), codes, strict=True)
+    found = np.stack([native.step_codes(state, token, row)[0] for token, row in pairs])
+    assert np.sqrt(np.square(found - expected).mean() / np.square(expected).mean()) < 0.04
+
+
 def test_a_head_in_two_steps_is_exact_near_the_best_word(tmp_path: Path):
     """Against the same int8 weights as values in fp32; on logits of which some are near and some far."""
     model = spiking_model(tie_word_embeddings=True, vocab_size=300)

@@ -25,7 +25,8 @@ def convert(
     Args:
         source: teacher name, hub id, LLaMA folder, GGUF file, or Llamba folder.
         output: folder to write, a new one.
-        preset: mixer choices, `llamba` being those published; `hybrid` keeps attention over the last 64 tokens.
+        preset: mixer choices, `llamba` being those published; `hybrid` keeps attention over the last 64 tokens and the
+            first; of LLaMAs with unscaled rotary positions only. A Llamba folder keeps its own.
         init: `attention` starts from the attention weights, `llamba` at random.
         text: file or folder of text, a few thousand tokens: decays and scales are calibrated on its first rows, and
             training starts far nearer to its end.
