@@ -254,6 +254,7 @@ def test_the_folder_is_whole(folders: Path, tiny_tokenizer: PreTrainedTokenizerF
     [
         ("spiking-int4-int8", "new", "int4", "int8", "spiking-int4-int8 is compact already; give the folder that it"),
         ("spiking", "dense", "int4", "int8", "dense already holds a model; give another folder"),
+        ("spiking", "spiking/config.json/new", "int4", "int8", "config.json is no folder to write in; name another"),
         ("spiking", "new", "int2", "int8", "precision is 'int2'; use one of int8, int4"),
         ("spiking", "new", "int4", "fp32", "head is 'fp32'; use one of int8, int4, bf16"),
         ("nothing", "new", "int4", "int8", r"nothing holds no config\.json"),

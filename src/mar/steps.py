@@ -6,6 +6,7 @@ Does: what the verbs of these names do, and refuse folders that do not fit each 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -207,6 +208,9 @@ def train_to_folder(stage: StageConfig, student: Path, output: Path, teacher: st
 def _refuse_taken(output: Path) -> None:
     if (output / "config.json").exists():
         raise ValueError(f"{output} already holds a model; give another folder, or remove it first.")
+    place = next(place for place in (output.absolute(), *output.absolute().parents) if place.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise ValueError(f"{output} cannot be written, as {place} is no folder to write in; name another.")
 
 
 def _is_llamba(folder: Path) -> bool:
