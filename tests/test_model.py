@@ -102,6 +102,21 @@ def test_padding_between_tokens_is_refused(model, cached):
         model(ids[:, 6:] if cached else ids, attention_mask=mask, past_key_values=cache)
 
 
+@torch.no_grad()
+def test_padding_between_the_tokens_of_a_document_is_refused(model):
+    ids, mask = tokens(1, 9), torch.tensor([[1] * 4 + [0] * 2 + [1] * 3])
+    with pytest.raises(ValueError, match="padding between the tokens of row 0"):
+        model(ids, attention_mask=mask, document_ids=torch.zeros_like(ids))
+    apart = model(ids, attention_mask=mask, document_ids=torch.tensor([[0] * 4 + [1] * 5])).logits
+    torch.testing.assert_close(apart[:, 6:], model(ids[:, 6:]).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(2, 8), (2, 10), (2, 1, 9, 9)])
+def test_masks_of_other_shapes_are_refused(model, shape):
+    with pytest.raises(ValueError, match=r"attention_mask has shape .*; give \(rows, 9\)"):
+        model(tokens(2, 9), attention_mask=torch.ones(shape, dtype=torch.long))
+
+
 def test_a_cache_can_be_emptied_and_used_again(model):
     ids = tokens(1, 8)
     with torch.no_grad():

@@ -403,6 +403,7 @@ NO_ONE = "no such key"
         ({"rotary_base": True}, "rotary_base is True"),
         ({"window": False}, "window is False"),
         ({"window": None}, "window is None"),
+        ({"window": 1}, "window is 1"),
         ({"num_heads": 0}, "num_heads is 0; it must be an integer from 1"),
         ({"num_heads": -4}, "num_heads is -4"),
         ({"head_dim": "8"}, "head_dim is '8'"),

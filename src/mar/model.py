@@ -33,6 +33,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from mar import kernels
 from mar.compact import expand
 from mar.config import SITES, MarConfig, Site
+from mar.kernels.reference import segments
 from mar.mixer import DiscreteMamba2, MixerState
 from mar.neurons import Neuron, build_neuron
 from mar.weights import INDEX
@@ -223,10 +224,8 @@ class MarModel(MarPreTrainedModel):
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
         if use_cache and past_key_values is None:
             past_key_values = MarCache(self.config)
-        mask = _padding_mask(attention_mask, hidden.shape[1])
-        if attention_mask is not None and document_ids is None:
-            past = past_key_values is not None and past_key_values.get_seq_length() > 0
-            _check_padding(attention_mask.bool(), past and attention_mask.shape[1] == hidden.shape[1])
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        mask = _padding_mask(attention_mask, document_ids, hidden.shape[1], past)
         kept = [hidden] if output_hidden_states else None
         for index, layer in enumerate(self.layers):
             state = None if past_key_values is None else _load_state(past_key_values, index)
@@ -247,27 +246,43 @@ class MarModel(MarPreTrainedModel):
         )
 
 
-def _padding_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
-    """(b, l) bool for the current tokens, or None where nothing is padded."""
+def _padding_mask(attention_mask: Tensor | None, document_ids: Tensor | None, length: int, past: int) -> Tensor | None:
+    """(b, l) bool for the current tokens, or None where nothing is padded.
+
+    Raises ValueError for other shapes, and for padding between the tokens of a document: it would take the place of
+    what precedes it in convolution and window.
+    """
     if attention_mask is None:
         return None
-    mask = attention_mask[:, attention_mask.shape[1] - length :].bool()
+    if attention_mask.dim() != 2 or attention_mask.shape[1] not in (length, past + length):
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}; give (rows, {length}), "
+            f"or (rows, {past + length}) with the tokens that the cache has seen."
+        )
+    whole = attention_mask.bool()
+    if bool(whole.all()):
+        return None
+    mask = whole[:, whole.shape[1] - length :]
+    if document_ids is not None:
+        _check_padding(mask, segments(document_ids))
+    elif past and whole.shape[1] == length:  # what the cache has seen are tokens, as far as can be told
+        _check_padding(torch.cat([torch.ones_like(mask[:, :1]), mask], dim=1), None)
+    else:
+        _check_padding(whole, None)
     return None if bool(mask.all()) else mask
 
 
-def _check_padding(mask: Tensor, continues: bool) -> None:
-    """Padding between tokens would take the place of what precedes it in convolution and window."""
-    if bool(mask.all()):
-        return
-    before = torch.ones_like(mask[:, :1]) if continues else mask[:, :0]
-    rows = torch.cat([before, mask], dim=1)
-    gaps = ~rows & rows.cummax(1).values & rows.flip(1).cummax(1).values.flip(1)
-    if bool(gaps.any()):
-        row = int(gaps.any(1).nonzero()[0, 0])
-        raise ValueError(
-            f"attention_mask has padding between the tokens of row {row}; pad on the left "
-            "(tokenizer.padding_side = 'left'), and where rows go on from a cache give the mask of all their tokens."
-        )
+def _check_padding(mask: Tensor, documents: Tensor | None) -> None:
+    for row, real in enumerate(mask):
+        index = real.nonzero()[:, 0]
+        apart = index.diff() > 1
+        if documents is not None:
+            apart &= documents[row, index].diff() == 0
+        if bool(apart.any()):
+            raise ValueError(
+                f"attention_mask has padding between the tokens of row {row}; pad on the left "
+                "(tokenizer.padding_side = 'left'), and where rows go on from a cache give all their tokens' mask."
+            )
 
 
 def _load_state(cache: Cache, index: int) -> MixerState | None:

@@ -163,6 +163,9 @@ def engine_settings(config: dict[str, Any], settings: PackSettings) -> dict[str,
         raise ValueError(f"rotary_base is {base!r}; it must be a number above 0.")
     if found["state_size"] % 2 and config.get("window", 0):
         raise ValueError(f"state_size is {found['state_size']}; a window turns pairs of channels, so it must be even.")
+    least = max(2, found["conv_kernel"])  # as in MarConfig
+    if (window := _integer({"window": 0} | config, "window", 1 << 20, least=0)) and window < least:
+        raise ValueError(f"window is {window}; use 0 for none, or at least {least} (conv_kernel, and never 1).")
     gain, norm = config.get("input_gain", "one_minus_decay"), config.get("bc_norm", "l2")
     for name, value, known in (("input_gain", gain, ("none", "one_minus_decay")), ("bc_norm", norm, ("none", "l2"))):
         if value not in known:
@@ -170,7 +173,7 @@ def engine_settings(config: dict[str, Any], settings: PackSettings) -> dict[str,
     found |= {
         "rms_norm_eps": float(eps),
         "gain": int(gain == "one_minus_decay"),
-        "window": _integer({"window": 0} | config, "window", 1 << 20, least=0),
+        "window": window,
         "rotary_base": float(base),
         "unit": int(norm == "l2"),
         "precision": settings.precision,
