@@ -253,7 +253,7 @@ struct Engine {
   void check(const mar::State* state) const {
     if (!state) throw std::invalid_argument("None is no state; make one with new_state().");
     if (state->conv.size() != model.conv_floats() || state->ssm.size() != model.ssm_floats() ||
-        state->window.size() != model.window_bytes())
+        state->window.size() != model.window_floats())
       throw std::invalid_argument("The state belongs to a model of another shape; make it with this engine's new_state().");
   }
 

@@ -31,7 +31,7 @@ void head_scan(const Head& head, const float* xbc, std::size_t xbc_stride, const
                float* scratch);
 
 // window.cpp
-void head_window(const Window& window, const float* xbc, std::size_t xbc_stride, const float* gate,
+void head_window(const Head& head, const Window& window, const float* xbc, std::size_t xbc_stride, const float* gate,
                  std::size_t gate_stride, const float* turns, std::int64_t position, int tokens, float* y,
                  std::size_t y_stride, float* scratch);
 

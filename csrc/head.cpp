@@ -113,7 +113,7 @@ void head_scan(const Head& head, const float* xbc, std::size_t xbc_stride, const
   float* mix = seen + kChunk * n;      // chunk x chunk
   float* decay = mix + kChunk * kChunk;  // chunk
   float* left = decay + kChunk;          // chunk: what is left now of each token of the chunk
-  std::fill(scratch, scratch + head_scratch(width, size), 0.0f);
+  std::fill(scratch, scratch + head_scratch(width, size, 0), 0.0f);
   for (int start = 0; start < tokens; start += kChunk) {
     const int q = std::min(kChunk, tokens - start);
     for (int t = 0; t < q; ++t) {

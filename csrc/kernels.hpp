@@ -2,6 +2,7 @@
 // Does: name them and say what they compute. Does not: choose (isa.cpp), share work among threads (model.cpp).
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -91,13 +92,10 @@ struct Head {
 
 // What a head's attention over the last `tokens` tokens and the first one needs beside its Head.
 struct Window {
-  int tokens, width, size;  // the last so many, the current one included; P; N, even
-  int x, b, c;              // the head's first channel of each, before the convolution
-  const float* gate_bias;   // P
-  // In fp32, or narrow: in bf16, as what is kept is most of what a window costs to read.
-  bool narrow;
-  std::uint8_t* keys;    // rows of N: B, turned, of the last ones, their number filled up to 16; then of the first one
-  std::uint8_t* values;  // rows of P: x of the last ones; then of the first one
+  int tokens;     // the last so many, the current one included
+  // In fp32 whatever the weights' precision: a rounded key flips the codes of all that follows (docs/lab-log.md).
+  float* keys;    // rows of N: B, turned, of the last ones, their number filled up to 16; then of the first one
+  float* values;  // rows of P: x of the last ones; then of the first one
 };
 // Rows are filled up to 16 numbers, and hold zeros where there is nothing.
 inline std::size_t filled16(int n) { return static_cast<std::size_t>(n + 15) / 16 * 16; }
@@ -150,23 +148,21 @@ struct Kernels {
   void (*head_scan)(const Head& head, const float* xbc, std::size_t xbc_stride, const float* gate,
                     std::size_t gate_stride, const float* log_decay, std::size_t decay_stride, int tokens, float* y,
                     std::size_t y_stride, float* scratch);
-  // y += softmax(C . B of what is looked at) times x of the same, gated; for tokens from `position` of their sequence on.
+  // y += softmax(C . B of what is looked at) times x of the same, before the convolution, gated; for tokens from
+  // `position` of their sequence on; N is even.
   // turns (tokens x N): for each pair of channels i and i + N / 2 the angle's cosine at i, its sine at i + N / 2.
-  void (*head_window)(const Window& window, const float* xbc, std::size_t xbc_stride, const float* gate,
-                      std::size_t gate_stride, const float* turns, std::int64_t position, int tokens, float* y,
-                      std::size_t y_stride, float* scratch);
+  void (*head_window)(const Head& head, const Window& window, const float* xbc, std::size_t xbc_stride,
+                      const float* gate, std::size_t gate_stride, const float* turns, std::int64_t position,
+                      int tokens, float* y, std::size_t y_stride, float* scratch);
 };
 
 // Tokens of one chunk of head_scan.
 constexpr int kChunk = 64;
 
-// Floats of scratch that head_scan needs (head_step needs less), that head_window needs, and bytes that blocks need.
-inline std::size_t head_scratch(int width, int size) {
-  const std::size_t p = (width + 15) / 16 * 16, n = (size + 15) / 16 * 16;
-  return kChunk * (3 * p + 4 * n + kChunk + 8) + 16 * n;
-}
-inline std::size_t window_scratch(int tokens, int width, int size) {
-  return filled16(tokens) + 2 * (filled16(size) + filled16(width));
+// Floats of scratch that head_scan needs (head_step needs less) and head_window after it; and bytes that blocks need.
+inline std::size_t head_scratch(int width, int size, int window) {
+  const std::size_t p = filled16(width), n = filled16(size);
+  return std::max(kChunk * (3 * p + 4 * n + kChunk + 8) + 16 * n, filled16(window) + n + 2 * p);
 }
 inline std::size_t block_scratch(int inputs) { return (static_cast<std::size_t>(inputs) + 64) * kSlice * 4; }
 

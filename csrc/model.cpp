@@ -45,7 +45,7 @@ void Model::finish() {
     t->hidden.resize(most);
     t->normed.resize(most);
     t->local.resize(2 * most + 2 * kSlice);
-    t->scratch.resize(head_scratch(shape.width, shape.size) + window_scratch(shape.window, shape.width, shape.size));
+    t->scratch.resize(head_scratch(shape.width, shape.size, shape.window));
     t->turns.resize(shape.size);
     t->partial_out.resize(most);
     t->partial_down.resize(most);
@@ -80,7 +80,7 @@ State Model::new_state() const {
   State state;
   state.conv.assign(conv_floats(), 0.0f);
   state.ssm.assign(ssm_floats(), 0.0f);
-  state.window.assign(window_bytes(), 0);
+  state.window.assign(window_floats(), 0);
   return state;
 }
 
@@ -163,19 +163,8 @@ Head Model::head_of(const Layer& layer, int index, float* conv, float* ssm) cons
 }
 
 Window Model::window_of(State& state, int layer, int head) const {
-  std::uint8_t* own = state.window.data() + one_window() * (static_cast<std::size_t>(layer) * shape.heads + head);
-  Window window{};
-  window.tokens = shape.window;
-  window.width = shape.width;
-  window.size = shape.size;
-  window.x = head * shape.width;
-  window.b = shape.inner() + head * shape.size;
-  window.c = shape.inner() + (shape.heads + head) * shape.size;
-  window.gate_bias = layers[layer].gate_bias + head * shape.width;
-  window.narrow = window_width() == 2;
-  window.keys = own;
-  window.values = own + keys_bytes();
-  return window;
+  float* own = state.window.data() + one_window() * (static_cast<std::size_t>(layer) * shape.heads + head);
+  return {shape.window, own, own + window_keys(shape.window, shape.size)};
 }
 
 // Cosines and sines (N) of a position's angles.
@@ -265,12 +254,13 @@ void Model::step_thread(int thread, State& state, std::int32_t token, float* log
     for (auto i = heads.begin; i < heads.end; ++i) {
       const int one = static_cast<int>(i);
       const float logit = k.dot(layer.decay_weight + i * shape.hidden, t.normed.data(), shape.hidden);
-      k.head_step(head_of(layer, one, conv, ssm), projected_.data(), projected_.data() + shape.channels() + one * shape.width,
-                  log_decay_of(logit + layer.decay_bias[i]), mixed_.data() + one * shape.width, t.scratch.data());
+      const Head head = head_of(layer, one, conv, ssm);
+      const float* gate = projected_.data() + shape.channels() + one * shape.width;
+      float* mixed = mixed_.data() + one * shape.width;
+      k.head_step(head, projected_.data(), gate, log_decay_of(logit + layer.decay_bias[i]), mixed, t.scratch.data());
       if (shape.window)
-        k.head_window(window_of(state, index, one), projected_.data(), 0,
-                      projected_.data() + shape.channels() + one * shape.width, 0, t.turns.data(), state.tokens, 1,
-                      mixed_.data() + one * shape.width, 0, t.scratch.data());
+        k.head_window(head, window_of(state, index, one), projected_.data(), 0, gate, 0, t.turns.data(), state.tokens,
+                      1, mixed, 0, t.scratch.data());
     }
     if (!layer.out_proj.threshold && layer.out_proj.linear.integer()) pool_->barrier();
     list(layer.out_proj, mixed_.data(), first, last, false, counts[1]);

@@ -36,7 +36,7 @@ struct Shape {
 struct State {
   std::vector<float> conv;  // layers x taps - 1 x channels
   std::vector<float> ssm;   // layers x heads x N x P
-  std::vector<std::uint8_t> window;  // layers x heads x keys and values of `Window`
+  std::vector<float> window;  // layers x heads x keys and values of `Window`
   std::int64_t tokens = 0;
 };
 
@@ -67,7 +67,7 @@ class Model {
   State new_state() const;
   std::size_t conv_floats() const;
   std::size_t ssm_floats() const;
-  std::size_t window_bytes() const { return shape.window ? one_window() * shape.heads * shape.layers : 0; }
+  std::size_t window_floats() const { return shape.window ? one_window() * shape.heads * shape.layers : 0; }
   // Logits (outputs of the head, filled up) after one token. Throws std::out_of_range for an unknown token.
   // given: codes to use in place of the neurons' own; taken: where to write the neurons' own; each code_count() bytes,
   // layer by layer and site by site in their order, or null.
@@ -97,10 +97,8 @@ class Model {
   void wide_block(const std::vector<State*>& states, const std::int32_t* tokens, int count, bool all, float* logits);
   void wide_site(int thread, int layer, int which, const Site& site, const float* values, int count, float* out);
   Head head_of(const Layer& layer, int index, float* conv, float* ssm) const;
-  std::size_t window_width() const { return layers[0].in_proj.linear.precision == Precision::f32 ? 4 : 2; }
-  std::size_t keys_bytes() const { return window_keys(shape.window, shape.size) * window_width(); }
   std::size_t one_window() const {
-    return keys_bytes() + window_values(shape.window, shape.width) * window_width();
+    return window_keys(shape.window, shape.size) + window_values(shape.window, shape.width);
   }
   Window window_of(State& state, int layer, int head) const;
   void turn(std::int64_t position, float* to) const;

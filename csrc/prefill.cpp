@@ -138,7 +138,7 @@ void Model::wide_block(const std::vector<State*>& states, const std::int32_t* to
     w->scratch.resize(parts);
     w->head_scratch.resize(parts);
     for (auto& one : w->scratch) one.resize(block_scratch(most));
-    for (auto& one : w->head_scratch) one.resize(head_scratch(shape.width, shape.size) + window_scratch(shape.window, shape.width, shape.size));
+    for (auto& one : w->head_scratch) one.resize(head_scratch(shape.width, shape.size, shape.window));
     wide_ = std::move(w);
   }
   Wide& w = *wide_;
@@ -178,14 +178,14 @@ void Model::wide_block(const std::vector<State*>& states, const std::int32_t* to
         float* ssm = state.ssm.data() + static_cast<std::size_t>(index) * shape.heads * shape.size * shape.width;
         const std::size_t m = static_cast<std::size_t>(sequence) * length;
         const float* projected = w.projected.data() + m * wide;
-        k.head_scan(head_of(layer, one, conv, ssm), projected, wide, projected + shape.channels() + one * shape.width, wide,
-                    w.decay.data() + m * shape.heads + one, shape.heads, length,
-                    w.mixed.data() + m * shape.inner() + one * shape.width, shape.inner(), w.head_scratch[thread].data());
+        const Head head = head_of(layer, one, conv, ssm);
+        const float* gate = projected + shape.channels() + one * shape.width;
+        float *mixed = w.mixed.data() + m * shape.inner() + one * shape.width, *scratch = w.head_scratch[thread].data();
+        k.head_scan(head, projected, wide, gate, wide, w.decay.data() + m * shape.heads + one, shape.heads, length,
+                    mixed, shape.inner(), scratch);
         if (shape.window)
-          k.head_window(window_of(state, index, one), projected, wide, projected + shape.channels() + one * shape.width,
-                        wide, w.turns.data() + m * shape.size, state.tokens, length,
-                        w.mixed.data() + m * shape.inner() + one * shape.width, shape.inner(),
-                        w.head_scratch[thread].data());
+          k.head_window(head, window_of(state, index, one), projected, wide, gate, wide,
+                        w.turns.data() + m * shape.size, state.tokens, length, mixed, shape.inner(), scratch);
       }
       pool_->barrier();
       wide_site(thread, index, 1, layer.out_proj, w.mixed.data(), count, w.out.data());

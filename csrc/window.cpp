@@ -3,31 +3,12 @@
 #include "engine_kernels.hpp"
 #include "engine_vectors.hpp"
 
+#include <algorithm>
 #include <limits>
+#include <type_traits>
 
 namespace mar::MAR_VARIANT {
 namespace {
-
-inline F widened(const float* from) { return load<F>(from); }
-inline F widened(const std::uint16_t* from) { return bf16_to_float(from); }
-inline void put(F x, float* to) { store(to, x); }
-inline void put(F x, std::uint16_t* to) {  // to the nearest, ties to even; what is no number stays none
-  using W = std::uint32_t __attribute__((vector_size(64)));
-  using U = std::uint16_t __attribute__((vector_size(32)));
-  const W bits = (W)x, none = (W)(x != x);
-  const W high = (((bits + 0x7fff + (bits >> 16 & 1)) & ~none) | (bits & none)) >> 16 | (none & 64);
-#if defined(__AVX512F__)
-  store(to, (U)_mm512_cvtepi32_epi16((__m512i)high));
-#else
-  store(to, __builtin_convertvector(high, U));
-#endif
-}
-template <typename T>
-inline void put_row(const float* from, int n, T* to) {
-  int i = 0;
-  for (; i + kLanes <= n; i += kLanes) put(load<F>(from + i), to + i);
-  if (i < n) put(load_some(from + i, n - i), to + i);
-}
 
 // y = v, channel i turned with channel i + n / 2 by the angle of cosine turn[i] and sine turn[i + n / 2].
 inline void turned(const float* v, const float* turn, int n, float* y) {
@@ -50,12 +31,11 @@ inline F folded(F a, F b) {
 }
 
 // scores = query (n) times each of 16 keys (n each).
-template <typename T>
-inline F products(const float* query, int n, const T* keys) {
+inline F products(const float* query, int n, const float* keys) {
   F sums[kLanes];
   for (auto& one : sums) {
-    one = widened(keys) * load<F>(query);
-    for (int i = kLanes; i < n; i += kLanes) one += widened(keys + i) * load<F>(query + i);
+    one = load<F>(keys) * load<F>(query);
+    for (int i = kLanes; i < n; i += kLanes) one += load<F>(keys + i) * load<F>(query + i);
     keys += n;
   }
   for (int k = 0; k < 8; ++k) sums[k] = folded<8>(sums[k], sums[k + 8]);
@@ -64,34 +44,34 @@ inline F products(const float* query, int n, const T* keys) {
   return folded<1>(sums[0], sums[1]);
 }
 
-template <typename T>
-void attend(const Window& window, const float* xbc, std::size_t xbc_stride, const float* gate, std::size_t gate_stride,
-            const float* turns, std::int64_t position, int tokens, float* y, std::size_t y_stride, float* scratch) {
-  const int size = window.size, width = window.width, n = padded(size), p = padded(width), last = window.tokens;
-  T *keys = reinterpret_cast<T*>(window.keys), *values = reinterpret_cast<T*>(window.values);
-  T *first_key = keys + static_cast<std::size_t>(padded(last)) * n, *first_value = values + static_cast<std::size_t>(last) * p;
-  float *scores = scratch, *query = scores + padded(last), *key = query + n, *open = key + n, *found = open + p;
+}  // namespace
+
+void head_window(const Head& head, const Window& window, const float* xbc, std::size_t xbc_stride, const float* gate,
+                 std::size_t gate_stride, const float* turns, std::int64_t position, int tokens, float* y,
+                 std::size_t y_stride, float* scratch) {
+  const int size = head.size, width = head.width, n = padded(size), p = padded(width), last = window.tokens;
+  float* first_key = window.keys + static_cast<std::size_t>(padded(last)) * n;
+  float* first_value = window.values + static_cast<std::size_t>(last) * p;
+  float *scores = scratch, *query = scores + padded(last), *open = query + n, *found = open + p;
   std::fill(query + size, query + n, 0.0f);
   for (int t = 0; t < tokens; ++t, ++position) {
     const float* row = xbc + t * xbc_stride;
     const float* turn = turns + static_cast<std::size_t>(t) * size;
     const int place = static_cast<int>(position % last);
     const int filled = static_cast<int>(std::min<std::int64_t>(position + 1, last));
-    turned(row + window.c, turn, size, query);
-    turned(row + window.b, turn, size, key);
-    T *own_key = keys + static_cast<std::size_t>(place) * n, *own_value = values + static_cast<std::size_t>(place) * p;
-    put_row(key, size, own_key);
-    put_row(row + window.x, width, own_value);
+    turned(row + head.c, turn, size, query);
+    turned(row + head.b, turn, size, window.keys + static_cast<std::size_t>(place) * n);
+    std::copy(row + head.x, row + head.x + width, window.values + static_cast<std::size_t>(place) * p);
     if (position == 0) {
-      std::copy(keys, keys + n, first_key);
-      std::copy(values, values + p, first_value);
+      std::copy(window.keys, window.keys + n, first_key);
+      std::copy(window.values, window.values + p, first_value);
     }
     for (int at = 0; at < filled; at += kLanes)
-      store(scores + at, products(query, n, keys + static_cast<std::size_t>(at) * n));
+      store(scores + at, products(query, n, window.keys + static_cast<std::size_t>(at) * n));
     std::fill(scores + filled, scores + padded(filled), -std::numeric_limits<float>::infinity());
     // Until the first token leaves the window it is one of the last.
     F apart{};
-    for (int i = 0; position >= last && i < n; i += kLanes) apart += widened(first_key + i) * load<F>(query + i);
+    for (int i = 0; position >= last && i < n; i += kLanes) apart += load<F>(first_key + i) * load<F>(query + i);
     const float own = position >= last ? sum(apart) : -std::numeric_limits<float>::infinity();
     F peaks = splat(own);
     for (int at = 0; at < filled; at += kLanes) peaks = most(peaks, load<F>(scores + at));
@@ -109,30 +89,23 @@ void attend(const Window& window, const float* xbc, std::size_t xbc_stride, cons
     for (int at = 0; at < p; at += 4 * kLanes) {
       const int parts = std::min(4, (p - at) / kLanes);
       F sums[4] = {};
-      for (int v = 0; v < parts; ++v) sums[v] = widened(first_value + at + v * kLanes) * first_share;
-      const T* value = values + at;
-      if (parts == 4) {
+      for (int v = 0; v < parts; ++v) sums[v] = load<F>(first_value + at + v * kLanes) * first_share;
+      // The number of parts is a constant where it can be, so that sums stay in registers.
+      const auto add = [&](auto number) {
+        const float* value = window.values + at;
         for (int i = 0; i < filled; ++i, value += p)
-          for (int v = 0; v < 4; ++v) sums[v] += widened(value + v * kLanes) * scores[i];
-      } else {
-        for (int i = 0; i < filled; ++i, value += p)
-          for (int v = 0; v < parts; ++v) sums[v] += widened(value + v * kLanes) * scores[i];
-      }
+          for (int v = 0; v < number; ++v) sums[v] += load<F>(value + v * kLanes) * scores[i];
+      };
+      if (parts == 4)
+        add(std::integral_constant<int, 4>{});
+      else
+        add(parts);
       for (int v = 0; v < parts; ++v) store(found + at + v * kLanes, sums[v] * factor);
     }
-    for (int i = 0; i < width; ++i) open[i] = gate[t * gate_stride + i] + window.gate_bias[i];
+    for (int i = 0; i < width; ++i) open[i] = gate[t * gate_stride + i] + head.gate_bias[i];
     gated(open, found, width, found);
     for (int i = 0; i < width; ++i) y[t * y_stride + i] += found[i];
   }
-}
-
-}  // namespace
-
-void head_window(const Window& window, const float* xbc, std::size_t xbc_stride, const float* gate,
-                 std::size_t gate_stride, const float* turns, std::int64_t position, int tokens, float* y,
-                 std::size_t y_stride, float* scratch) {
-  const auto work = window.narrow ? attend<std::uint16_t> : attend<float>;
-  work(window, xbc, xbc_stride, gate, gate_stride, turns, position, tokens, y, y_stride, scratch);
 }
 
 }  // namespace mar::MAR_VARIANT

@@ -20,7 +20,7 @@ from mar.folder import digest, load_student, load_tokenizer, save_student
 from mar.model import MarForCausalLM
 from mar.steps import pack_to_folder
 from mar.weights import weight_files
-from tiny_engine import RAGGED, spiking_model, tokens
+from tiny_engine import RAGGED, run_torch, spiking_model, tokens
 from tiny_models import mar_model
 from tiny_recipes import files_of, provenance
 
@@ -182,6 +182,21 @@ def test_both_loaders_predict_the_same(folders: Path) -> None:
     with torch.no_grad():
         expected = load_student(folder)(ids[None]).logits[0].numpy()
     assert np.abs(engine.logits(engine.new_state(), ids.numpy()) - expected).max() < 1e-3
+
+
+def test_whole_number_weights_beside_a_window_give_torchs_codes(
+    tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Free-running: had a window rounded its keys or values, codes would flip."""
+    save_student(spiking_model(vocab_size=VOCAB, window=7, rotary_base=50.0), tiny_tokenizer, tmp_path / "a", CARD)
+    pack_to_folder(tmp_path / "a", tmp_path / "b", "int8", "int8")
+    expected, codes, _ = run_torch(load_student(tmp_path / "b"), ids := tokens(40, vocabulary=VOCAB))
+    engine = Engine.from_pretrained(tmp_path / "b", threads=1)
+    state = engine.new_state()
+    for token, logits, row in zip(ids.tolist(), expected, codes, strict=True):
+        found, taken = engine.step_codes(state, token)
+        assert np.array_equal(taken, row)
+        assert np.abs(found - logits).max() < 0.05 * np.abs(logits).max()  # the head rounds its inputs
 
 
 def test_neurons_can_be_left_out(folders: Path) -> None:

@@ -241,6 +241,15 @@ def test_calibration_survives_a_pruned_head(window: int):
     assert align_error(student, teacher, packed_rows(seed=1)) < 1.5
 
 
+def test_calibration_takes_each_row_for_a_document_where_none_are_given():
+    teacher, ids = llama_model(), packed_rows(((100,), (100,)))["input_ids"]
+    found = []
+    for batch in ({"input_ids": ids}, {"input_ids": ids, "document_ids": torch.zeros_like(ids)}):
+        calibrate_mixers(student := convert_llama(teacher), teacher, batch)
+        found.append(student.state_dict())
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
 def test_calibration_needs_decay_biases():
     teacher = llama_model()
     with pytest.raises(ValueError, match="convert with decay_bias=True"):

@@ -128,6 +128,17 @@ def test_a_cache_can_be_emptied_and_used_again(model):
     assert torch.equal(again.logits, fresh.logits)
 
 
+@pytest.mark.parametrize(
+    ("changes", "rows"),
+    [({"num_hidden_layers": 1}, 2), ({"state_size": 16}, 2), ({"conv_kernel": 3}, 2), ({"window": 8}, 2), ({}, 1)],
+    ids=["layers", "state size", "convolution", "window", "rows"],
+)
+def test_caches_of_other_models_and_rows_are_refused(model, changes, rows):
+    cache = mar_model(**changes)(tokens(rows, 5), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match=r"past_key_values h(as|olds) .*; give"):
+        model(tokens(2, 5), past_key_values=cache)
+
+
 # Generation
 
 

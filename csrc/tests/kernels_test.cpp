@@ -271,7 +271,7 @@ void heads(const mar::Kernels& k, int width, int size, int taps, bool gain, bool
   }
   for (const auto& lengths : {std::vector<int>{150}, {1, 1, 1, 147}, {64, 64, 22}, {2, 3, 70, 75}}) {
     std::vector<float> conv(static_cast<std::size_t>(taps - 1) * channels), state(static_cast<std::size_t>(size) * width);
-    std::vector<float> scratch(mar::head_scratch(width, size)), y(static_cast<std::size_t>(tokens) * width);
+    std::vector<float> scratch(mar::head_scratch(width, size, 0)), y(static_cast<std::size_t>(tokens) * width);
     head.conv_state = conv.data(), head.state = state.data();
     int at = 0;
     for (int length : lengths) {

@@ -133,6 +133,8 @@ RATES = (0.003, 0.006, 0.012, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 def calibrate_mixers(student: MarForCausalLM, teacher: PreTrainedModel, batch: dict[str, Tensor]) -> None:
     """Set each head's decay, output scale and skip D by least squares on one batch of rows, in place.
 
+    batch: input_ids (b, l) and, where rows are packed, document_ids (b, l).
+
     Without it a converted mixer's output has the wrong size, and memories bear no relation to how far each head looks.
     Per head the decay rate is taken from `RATES` whose scan best fits that head's own attention output; per layer one
     least-squares solution over all heads then sets how much of scan and of current token goes to the output. With a
@@ -146,7 +148,7 @@ def calibrate_mixers(student: MarForCausalLM, teacher: PreTrainedModel, batch: d
             "convert with decay_bias=True, or give no text."
         )
     batch = {name: tensor.to(student.device) for name, tensor in batch.items()}
-    ids = batch.get("document_ids")
+    ids = batch.setdefault("document_ids", torch.zeros_like(batch["input_ids"]))
     rates = torch.tensor(RATES, device=student.device)
     for layer, trace in zip(student.model.layers, llama_layers(teacher, batch), strict=True):
         block: Any = layer
@@ -185,7 +187,7 @@ def calibrate_mixers(student: MarForCausalLM, teacher: PreTrainedModel, batch: d
         mixer.out_proj.weight.mul_(scale.repeat_interleave(config.head_dim))
 
 
-def _scan_at(rate: Tensor, x: Tensor, b: Tensor, c: Tensor, ids: Tensor | None, config: MarConfig) -> Tensor:
+def _scan_at(rate: Tensor, x: Tensor, b: Tensor, c: Tensor, ids: Tensor, config: MarConfig) -> Tensor:
     gain = 1.0 if config.input_gain == "none" else -torch.expm1(-rate)
     return kernels.scan(x * gain, -rate.expand(x.shape[:3]), b, c, None, ids, config.chunk_size)[0]
 

@@ -228,7 +228,7 @@ class MarModel(MarPreTrainedModel):
         mask = _padding_mask(attention_mask, document_ids, hidden.shape[1], past)
         kept = [hidden] if output_hidden_states else None
         for index, layer in enumerate(self.layers):
-            state = None if past_key_values is None else _load_state(past_key_values, index)
+            state = None if past_key_values is None else _load_state(past_key_values, index, len(hidden), self.config)
             hidden, state = layer(hidden, state, mask, document_ids)
             if past_key_values is not None:
                 _store_state(past_key_values, index, state)
@@ -285,11 +285,26 @@ def _check_padding(mask: Tensor, documents: Tensor | None) -> None:
             )
 
 
-def _load_state(cache: Cache, index: int) -> MixerState | None:
+def _load_state(cache: Cache, index: int, rows: int, config: MarConfig) -> MixerState | None:
+    """What a layer left behind, or None before any token. Raises ValueError for another model's, or other rows'."""
+    if len(cache.layers) != config.num_hidden_layers:
+        raise ValueError(
+            f"past_key_values has {len(cache.layers)} layers and this model {config.num_hidden_layers}; "
+            "give it a MarCache of its own config."
+        )
     if not cache.has_previous_state(index):
         return None
-    layer = cache.layers[index]
-    return MixerState(layer.conv_states[0].transpose(1, 2), layer.recurrent_states[0])  # type: ignore[union-attr]
+    layer: Any = cache.layers[index]
+    state = MixerState(layer.conv_states[0].transpose(1, 2), layer.recurrent_states[0])
+    carried = (config.window, config.conv_size + 1) if config.window else (config.conv_kernel - 1, config.conv_size)
+    expected = (rows, *carried), (rows, config.num_heads, config.head_dim, config.state_size)
+    found = tuple(state.conv.shape), tuple(state.ssm.shape)
+    if found != expected:
+        raise ValueError(
+            f"past_key_values holds states of shapes {found} where these rows and this model need {expected}; "
+            "give the cache that these rows left behind."
+        )
+    return state
 
 
 def _store_state(cache: Cache, index: int, state: MixerState) -> None:

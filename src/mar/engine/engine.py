@@ -55,7 +55,7 @@ class Engine:
         self.settings: dict[str, Any] = header["settings"]
         self.packed = packed
         self.threads = min(len(os.sched_getaffinity(0)), MOST_THREADS) if threads is None else threads
-        if not isinstance(self.threads, int) or not 1 <= self.threads <= MOST_THREADS:
+        if type(self.threads) is not int or not 1 <= self.threads <= MOST_THREADS:
             raise ValueError(f"threads is {self.threads!r}; use 1 to {MOST_THREADS}.")
         self._source = str(header.get("source"))
         self._model = _native.Model(self.settings, arrays, self.threads)
@@ -113,8 +113,10 @@ class Engine:
         return out[:, : self.vocab_size]
 
     def _tokens(self, ids: Sequence[int] | NDArray[Any]) -> NDArray[np.int32]:
-        """Token ids as the native model takes them. Raises ValueError for unknown ones, and for what is no id."""
-        found = np.asarray(ids).reshape(-1)
+        """Token ids as the native model takes them. Raises ValueError for other shapes, and for what is no id."""
+        found = np.asarray(ids)
+        if found.ndim != 1:
+            raise ValueError(f"ids have shape {found.shape}; give one sequence, or several to `step_batch`.")
         if found.size and (found.dtype.kind not in "iu" or not 0 <= found.min() <= found.max() < self.vocab_size):
             wrong = next(one for one in found.tolist() if type(one) is not int or not 0 <= one < self.vocab_size)
             raise ValueError(f"Token {wrong!r} is not in the vocabulary; use integers from 0 to {self.vocab_size - 1}.")
@@ -198,18 +200,11 @@ class Engine:
         for name, to in (("conv", state.conv()), ("ssm", state.ssm()), ("window", state.window())):
             if parts[name].shape != to.shape or parts[name].dtype != to.dtype:
                 raise ValueError(f"{file} holds a state of another shape; save it again.")
-            values = self._window_values(parts[name]) if name == "window" else parts[name]
-            if not np.isfinite(values).all() or not counted:
+            if not np.isfinite(parts[name]).all() or not counted:
                 raise ValueError(f"{file} holds a state that no text leaves behind; save it again.")
             to[:] = parts[name]
         state.set_tokens(int(tokens))
         return state
-
-    def _window_values(self, raw: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Keys and values of a state's windows, which are in fp32 or bf16 as the weights are."""
-        if self.settings["precision"] == "fp32":
-            return raw.view(np.float32)
-        return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
 
     def reset_counters(self) -> None:
         """Start counting anew."""
