@@ -62,12 +62,25 @@ float quantise(const float* x, int n, std::int8_t* codes) {
   return scale;
 }
 
+// GCC 12 converts 8 bits to floats one by one.
+inline F bytes_to_float(const std::int8_t* from) {
+#if defined(__AVX512F__)
+  return (F)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(from)));
+#elif defined(__AVX2__)
+  const __m256 halves[2] = {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from))),
+                            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(from + 8))))};
+  return load<F>(halves);
+#else
+  return __builtin_convertvector(load<Bytes16>(from), F);
+#endif
+}
+
 float dot_i8(const float* x, const std::int8_t* y, int n) {
   F sums[2] = {};
   int i = 0;
   for (; i + 2 * kLanes <= n; i += 2 * kLanes)
     for (int v = 0; v < 2; ++v)
-      sums[v] += load<F>(x + i + v * kLanes) * __builtin_convertvector(load<Bytes16>(y + i + v * kLanes), F);
+      sums[v] += load<F>(x + i + v * kLanes) * bytes_to_float(y + i + v * kLanes);
   float total = sum(sums[0] + sums[1]);
   for (; i < n; ++i) total += x[i] * y[i];
   return total;
