@@ -167,7 +167,7 @@ def test_a_prompt_after_a_lone_dash_is_taken_as_it_is(run: Run, monkeypatch: pyt
         (("refine", "quickstart", "--data.length", "0"), "mar: data.length is 0; it must be at least 1."),
         (("refine", "smollm2-135m"), "mar: Recipe smollm2-135m: the following arguments are required: data.source."),
         (("quickstart", "x", "--minutes", "-3"), "mar: minutes is -3.0; give a number above 0."),
-        (("generate", "nowhere", "Hello"), "mar: there is no teacher 'nowhere'; give a folder"),
+        (("generate", "nowhere", "Hello"), "mar: there is no model 'nowhere'; give a folder"),
         (("generate", SPIKING, "Hello", "--temperature", "-1"), "mar: temperature is -1.0; use 0"),
         (("report", "items"), "mar: items holds no results.json; run `mar refine`"),
         (("spikes", DENSE, HELD_OUT), "mar: The model has no neurons to watch"),

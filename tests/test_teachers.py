@@ -296,7 +296,7 @@ def test_a_bad_gguf_file_is_one_sentence(
         tmp_path / "cut.gguf": "is truncated or damaged",
         tmp_path / "head.gguf": "is truncated or damaged",
         tmp_path / "other.gguf": "is no GGUF file",
-        tmp_path / "none.gguf": "there is no teacher",
+        tmp_path / "none.gguf": "there is no model",
         made("qwen.gguf", architecture="qwen2"): "holds a 'qwen2' model; a teacher must be a LLaMA",
         made("rope.gguf", extra=lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)): "rotary",
         made(
@@ -314,11 +314,11 @@ def test_a_bad_gguf_file_is_one_sentence(
     [
         (
             "smollm3",
-            r"no teacher 'smollm3'; give a folder, a \.gguf file, a hub id \(owner/name\) or one of smollm2-135m",
+            r"no model 'smollm3'; give a folder, a \.gguf file, a hub id \(owner/name\) or one of smollm2-135m",
         ),
-        ("./owner/name", "no teacher"),
-        ("owner/name/more", "no teacher"),
-        ("owner/model.gguf", "no teacher"),
+        ("./owner/name", "no model"),
+        ("owner/name/more", "no model"),
+        ("owner/model.gguf", "no model"),
     ],
 )
 def test_an_unknown_name_says_what_there_is(name: str, message: str) -> None:

@@ -190,7 +190,7 @@ def _show(verb: str, result: verbs.Result) -> None:
             table.add_column(column, overflow="fold")
         for row in rows:
             table.add_row(
-                *(f"{value:.4g}" if isinstance(value, float) else escape(str(value)) for value in row.values())
+                *(_figure(value) if isinstance(value, float) else escape(str(value)) for value in row.values())
             )
         console.print(table)
     single = {name: value for name, value in result.items() if value not in ({}, []) and _is_flat(value)}
@@ -200,6 +200,10 @@ def _show(verb: str, result: verbs.Result) -> None:
 def _is_flat(value: Any) -> bool:
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
     return not any(isinstance(part, dict | list) for part in parts)
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
 def _energy_rows(result: verbs.Result) -> list[list[dict[str, Any]]]:

@@ -107,7 +107,7 @@ def load_teacher(name: str | Path, dtype: torch.dtype = torch.float32, say: Call
     if path.suffix not in (".gguf", ".safetensors", *PICKLES) and (match := _HUB_ID.fullmatch(str(name))):
         return _load_hub(match["id"], match["revision"], dtype)
     raise FileNotFoundError(
-        f"there is no teacher {str(name)!r}; give a folder, a .gguf file, a hub id (owner/name) or one of "
+        f"there is no model {str(name)!r}; give a folder, a .gguf file, a hub id (owner/name) or one of "
         f"{', '.join(NAMED_TEACHERS)}."
     )
 

@@ -235,6 +235,7 @@ def chat(
         precision: of the native engine's weights (default: a compact folder's own, else int8).
         threads: of the CPU (default: as many as this process may use).
     """
+    print(f"Reading {model}. An empty line or Ctrl-D ends.", file=sys.stderr, flush=True)
     network, tokenizer = _load(model, engine, precision, threads)
     from mar.generate import Session
 
