@@ -123,7 +123,7 @@ def test_the_table_shows_each_figure_and_says_against_whom(report: QuickReport) 
     text = printed(report)
     assert cells(text)["spiking"] == list(NUMBERS)
     assert next(line for line in text.splitlines() if "teacher" in line).count("–") == 4
-    for words in ("KL to smollm2-135m", "MODELLED", "measured on held-out text", "µJ per token", "with LM head"):
+    for words in ("KL to smollm2-135m", "MODELLED", "Measured on held-out text", "µJ per token", "with the LM head"):
         assert words in text
 
 

@@ -29,6 +29,7 @@ from mar.objective import Objective
 from mar.precision import resolve_precision
 from mar.processes import this_process
 from mar.prompts import HELD_OUT_PROMPTS, TRAIN_PROMPTS
+from mar.quiet import say
 from mar.recipe import SPIKING, Recipe, StageConfig
 from mar.stages import Align, Distill, Orient, Spike, SpikeAlign
 from mar.teachers import Teacher, load_teacher
@@ -149,6 +150,8 @@ class _RefineRun:
     def step(self, name: str, make: Callable[[], MarForCausalLM]) -> MarForCausalLM:
         """The model of a step that trains nothing."""
         folder, settings = self._next_folder(name), self._settings(name)
+        if self.process.is_main_process and not self._is_done(folder, settings):
+            say(f"Making {folder}.")
         return self._written(folder, settings, lambda: (make(), {}))
 
     def train_stage(

@@ -108,6 +108,7 @@ def _percent(share: float) -> str:
 class _Column:
     group: str
     title: str
+    short: str
     value: Callable[[ModelRow], Any]
     format: Callable[[Any], str]
 
@@ -120,33 +121,36 @@ def _columns(rows: Sequence[ModelRow]) -> list[_Column]:
     targets = {row.against for row in rows} - {None}
     measured, modelled = "measured on held-out text", "modelled, µJ per token"
     columns = [
-        _Column("", "params", lambda row: row.parameters, _count),
-        _Column(measured, "perplexity", lambda row: row.perplexity, _digits),
-        _Column(measured, "KL (nats)", lambda row: row.kl, _digits),
-        _Column(measured, "top-1 agreement", lambda row: row.agreement, _percent),
-        _Column(measured, "spikes per input, r·T", lambda row: row.spikes_per_input, _digits),
-        _Column(measured, "non-zero inputs", lambda row: row.nonzero, _percent),
-        _Column(modelled, "decoder", lambda row: row.energy_decoder_uj, _digits),
-        _Column(modelled, "with LM head", lambda row: row.energy_total_uj, _digits),
+        _Column("", "params", "params", lambda row: row.parameters, _count),
+        _Column(measured, "perplexity", "ppl", lambda row: row.perplexity, _digits),
+        _Column(measured, "KL (nats)", "KL", lambda row: row.kl, _digits),
+        _Column(measured, "top-1 agreement", "top-1", lambda row: row.agreement, _percent),
+        _Column(measured, "spikes per input, r·T", "r·T", lambda row: row.spikes_per_input, _digits),
+        _Column(measured, "non-zero inputs", "≠ 0", lambda row: row.nonzero, _percent),
+        _Column(modelled, "decoder", "µJ", lambda row: row.energy_decoder_uj, _digits),
+        _Column(modelled, "with LM head", "µJ with head", lambda row: row.energy_total_uj, _digits),
     ]
     if len(targets) == 1:
-        columns[2] = _Column(measured, f"KL to {targets.pop()} (nats)", lambda row: row.kl, _digits)
+        columns[2] = _Column(measured, f"KL to {targets.pop()} (nats)", "KL", lambda row: row.kl, _digits)
     elif targets:
-        columns.insert(3, _Column(measured, "KL to", lambda row: row.against, str))
+        columns.insert(3, _Column(measured, "KL to", "KL to", lambda row: row.against, str))
     return columns
 
 
 def terminal_table(report: QuickReport) -> Table:
-    """One row a model. The caption says what is measured and what is modelled."""
-    caption = "Perplexity, KL, agreement, spikes: measured on held-out text. Spikes: MAC-weighted. Energy: MODELLED."
+    """One row a model, in short words. The caption says what they are, what is measured and what is modelled."""
+    columns = _columns(report.rows)
+    kl = next(column.title for column in columns if column.short == "KL")
+    caption = (
+        f"Measured on held-out text: perplexity, {kl}, top-1 agreement, spikes per input (r·T) and inputs ≠ 0, "
+        "MAC-weighted. MODELLED: µJ per token, of the decoder and with the LM head."
+    )
     table = Table(title=report.title, caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("model", no_wrap=True)
-    columns = _columns(report.rows)
     for column in columns:
-        energy = "µJ per token " if column.group.startswith("modelled") else ""
-        # A narrow terminal may break titles, never figures.
-        width = max((len(column.cell(row)) for row in report.rows), default=0)
-        table.add_column(energy + column.title, justify="right", min_width=width, overflow="fold")
+        # A narrow terminal breaks titles between words, and never figures.
+        words = [*column.short.split(), *(column.cell(row) for row in report.rows)]
+        table.add_column(column.short, justify="right", min_width=max(map(len, words)), overflow="fold")
     for row in report.rows:
         table.add_row(row.name, *(column.cell(row) for column in columns))
     return table

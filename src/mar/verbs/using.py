@@ -170,7 +170,10 @@ def _count_spikes(model: str | Path, text: str, tokens: int) -> SpikeReport:
 
     student = load_student(model)
     rows = PackedRows(DataConfig(source=text, length=min(512, tokens)), load_tokenizer(model))
-    return spike_rates(student, next(iter(rows.batches(max(1, tokens // rows.length)))), text)
+    batch = next(iter(rows.batches(max(1, tokens // rows.length))))
+    if again := rows.state_dict()["epoch"]:
+        print(f"{text} is shorter than {tokens:,} tokens and was read {again + 1:,} times.", file=sys.stderr)
+    return spike_rates(student, batch, text)
 
 
 def generate(
