@@ -6,6 +6,7 @@ namespace mar::MAR_VARIANT {
 
 extern const Training training;
 const Training training = {kChunk,       scan_scratch,  scan_forward,    scan_backward,     conv_items,
-                           conv_forward, conv_backward, staircase_items, staircase_forward, staircase_backward};
+                           conv_forward, conv_backward, staircase_items, staircase_forward, staircase_backward,
+                           spikes_forward, spikes_backward};
 
 }  // namespace mar::MAR_VARIANT

@@ -68,6 +68,8 @@ struct StaircaseCall {
   Address threshold = 0;               // fp32 (channels)
   Address doutput = 0, dcurrent = 0;   // dcurrent or none
   Address dthreshold_parts = 0;        // fp32 (items, channels) or none
+  Address spikes_parts = 0;            // of spikes_forward, sum_t |s_t| of all its elements: fp64 (items)
+  float share = 0;                     // of spikes_backward: the gradient of one element's spikes
 };
 
 // One item is done by one thread; items of a call are independent of each other.
@@ -82,6 +84,8 @@ struct Training {
   std::int64_t (*staircase_items)(const StaircaseCall&);
   void (*staircase_forward)(const StaircaseCall&, std::int64_t item);
   void (*staircase_backward)(const StaircaseCall&, std::int64_t item);
+  void (*spikes_forward)(const StaircaseCall&, std::int64_t item);
+  void (*spikes_backward)(const StaircaseCall&, std::int64_t item);
 };
 
 }  // namespace mar

@@ -125,7 +125,7 @@ void bind_training(nb::module_& m, const mar::Training* table) {
     nb::class_<Call>(m, "StaircaseCall").def(nb::init<>())
         .MAR_FIELD(rows).MAR_FIELD(channels).MAR_FIELD(bf16).MAR_FIELD(precharge).MAR_FIELD(low).MAR_FIELD(high)
         .MAR_FIELD(pass_low).MAR_FIELD(pass_high).MAR_FIELD(current).MAR_FIELD(output).MAR_FIELD(threshold)
-        .MAR_FIELD(doutput).MAR_FIELD(dcurrent).MAR_FIELD(dthreshold_parts);
+        .MAR_FIELD(doutput).MAR_FIELD(dcurrent).MAR_FIELD(dthreshold_parts).MAR_FIELD(spikes_parts).MAR_FIELD(share);
   }
 #undef MAR_FIELD
 
@@ -151,5 +151,11 @@ void bind_training(nb::module_& m, const mar::Training* table) {
   });
   m.def("staircase_backward", [table](const StaircaseCall& call, int threads) {
     run(table->staircase_backward, call, table->staircase_items(call), threads);
+  });
+  m.def("spikes_forward", [table](const StaircaseCall& call, int threads) {
+    run(table->spikes_forward, call, table->staircase_items(call), threads);
+  });
+  m.def("spikes_backward", [table](const StaircaseCall& call, int threads) {
+    run(table->spikes_backward, call, table->staircase_items(call), threads);
   });
 }

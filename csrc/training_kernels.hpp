@@ -21,6 +21,8 @@ void conv_backward(const ConvCall& call, Count item);
 Count staircase_items(const StaircaseCall& call);
 void staircase_forward(const StaircaseCall& call, Count item);
 void staircase_backward(const StaircaseCall& call, Count item);
+void spikes_forward(const StaircaseCall& call, Count item);
+void spikes_backward(const StaircaseCall& call, Count item);
 
 namespace {
 

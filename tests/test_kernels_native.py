@@ -240,6 +240,31 @@ def test_staircase_is_the_closed_form_bit_for_bit(values, v, steps, precharge, k
     assert (found_a - expected_a)[finite].abs().sum() <= 1e-5 * scale
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["atmn", "binary"])
+@pytest.mark.parametrize("threshold", ["channel", "scalar"])
+def test_mean_spikes_are_counted_as_torch_counts_them(monkeypatch, kind, threshold, dtype):
+    neuron = build_neuron(NeuronConfig(kind=kind, time_steps=4, precharge=0.25, threshold=threshold), 37)
+    torch.nn.init.normal_(neuron.a, std=0.3)
+    current = torch.where(torch.rand(3, 50, 37) < 0.2, 4 * neuron.threshold.detach(), 4 * torch.randn(3, 50, 37))
+    current = current.to(dtype).requires_grad_()
+    found = neuron.mean_spikes(current)
+    slopes = torch.autograd.grad(3 * found, (current, neuron.a))
+    monkeypatch.setattr(kernels, "_NATIVE", False)
+    expected = neuron.mean_spikes(current)
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(neuron.spike_count(current).double().mean().item(), rel=1e-6)
+    torch.testing.assert_close(found, expected)
+    for slope, wanted in zip(slopes, torch.autograd.grad(3 * expected, (current, neuron.a)), strict=True):
+        torch.testing.assert_close(slope, wanted)
+        assert slope.abs().sum() > 0
+
+
+def test_mean_spikes_refuse_nan():
+    with pytest.raises(ValueError, match="NaN"):
+        build_neuron(NeuronConfig(), 5).mean_spikes(torch.full((2, 5), torch.nan))
+
+
 @pytest.mark.usefixtures("poisoned_memory")
 def test_no_uninitialised_memory_is_read():
     ids = packed(2, 70)
@@ -252,6 +277,7 @@ def test_no_uninitialised_memory_is_read():
             *results(lambda *i: native.scan(*i, ids), scan),
             *results(lambda *i: native.causal_conv(*i, ids), conv),
             *results(neuron, conv[:1]),
+            *results(neuron.mean_spikes, conv[:1]),
         ]
 
     poisoned = run()

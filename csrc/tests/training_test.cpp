@@ -170,6 +170,28 @@ void staircase(const mar::Training& table, std::int64_t rows, std::int64_t chann
   }
   for (std::size_t i = 0; i < parts.size(); ++i) found[i % channels] += parts[i];
   check_close(found, wanted, 1e-5);
+
+  std::vector<double> spent(table.staircase_items(call));
+  call.spikes_parts = reinterpret_cast<mar::Address>(spent.data()), call.share = 0.125f;
+  for (std::int64_t item = 0; item < table.staircase_items(call); ++item) {
+    table.spikes_forward(call, item);
+    table.spikes_backward(call, item);
+  }
+  double wanted_spikes = 0, spikes = 0;
+  std::fill(wanted.begin(), wanted.end(), 0.0);
+  std::fill(found.begin(), found.end(), 0.0);
+  for (std::size_t i = 0; i < current.size(); ++i) {
+    const std::size_t c = i % channels;
+    const float drive = static_cast<float>(current[i]), v = drive / levels[c], charge = precharge * levels[c];
+    wanted_spikes += std::fabs(std::trunc(std::clamp((drive + std::copysign(charge, drive)) / levels[c], -steps, steps)));
+    const float slope = v == 0 || std::fabs(v) > steps ? 0.0f : std::copysign(0.125f / levels[c], v);
+    CHECK(std::fabs(dcurrent[i] - slope) <= (bf16 ? 0x1p-8 : 0x1p-23) * std::fabs(slope));
+    wanted[c] -= static_cast<double>(slope) * v;
+  }
+  for (const double part : spent) spikes += part;
+  CHECK(spikes == wanted_spikes);
+  for (std::size_t i = 0; i < parts.size(); ++i) found[i % channels] += parts[i];
+  check_close(found, wanted, 1e-5);
 }
 
 // A scan's inputs in double precision, and the recurrence that it stands for.

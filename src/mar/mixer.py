@@ -167,10 +167,11 @@ class DiscreteMamba2(nn.Module):
         """x, B, C and z side by side, before the convolution (b, l, conv + d_inner), and log decay (b, l, h)."""
         spikes = self.in_neuron(hidden)
         wide = self.config.conv_size + self.config.inner_size
-        projected = F.linear(spikes, self.in_proj.weight[:wide])
+        # Split, not sliced: a slice's gradient is a whole matrix of zeros to fill.
+        main, rows = self.in_proj.weight.split([wide, len(self.in_proj.weight) - wide])
+        projected = F.linear(spikes, main)
         with torch.autocast(hidden.device.type, enabled=False):
             # bf16 logits would quantise the decay itself, so these few rows are always multiplied in fp32.
-            rows = self.in_proj.weight[wide:]
             rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
             logits = F.linear(spikes.to(rows.dtype), rows)
             if self.decay_bias is not None:

@@ -242,10 +242,8 @@ class Neuron(nn.Module):
         threshold = self.threshold
         if has_closed_form(self.config):
             if self.config.surrogate == "ste" and kernels.staircase_takes(current):
-                signed = _signed(self.config)
-                codes = (-float(self.config.time_steps) if signed else 0.0, float(self.config.time_steps))
-                passing = ste_range(self.config.time_steps, signed)
-                return kernels.staircase(current, threshold, codes, passing, self.config.precharge)
+                passing = ste_range(self.config.time_steps, _signed(self.config))
+                return kernels.staircase(current, threshold, self._codes(), passing, self.config.precharge)
             return _ClosedForm.apply(current, threshold, self.config)
         spikes = recurrence(current, threshold, self.config).spikes
         return merge_spikes(spikes, threshold, self.config).to(current.dtype)
@@ -268,9 +266,27 @@ class Neuron(nn.Module):
         """Spikes spent per element, sum_t |s_t|: the size of the code, as all spikes have the sign of their current."""
         return self.encode(current).abs()
 
+    def mean_spikes(self, current: Float[Tensor, "*batch channels"]) -> Float[Tensor, ""]:
+        """Spikes spent per element, exact; differentiable in `current` and `a`, with the gradient of |I| / V cut at T.
+
+        Raises ValueError if a current is NaN.
+        """
+        if has_closed_form(self.config) and kernels.staircase_takes(current):
+            self._check(current)
+            spent = kernels.mean_spikes(current, self.threshold, self._codes(), self.config.precharge)
+            _refuse_nan(spent)
+            return spent
+        level = current.float() / self.threshold
+        level = (level.abs() if _signed(self.config) else level.relu()).clamp(max=self.config.time_steps)
+        return (level + (self.spike_count(current) - level.detach())).mean()
+
     def extra_repr(self) -> str:
         """What `print` shows."""
         return f"channels={self.channels}, {self.config}"
+
+    def _codes(self) -> tuple[float, float]:
+        """The outermost ones."""
+        return -float(self.config.time_steps) if _signed(self.config) else 0.0, float(self.config.time_steps)
 
     def _check(self, current: Tensor) -> None:
         if current.shape[-1] != self.channels:
@@ -281,9 +297,13 @@ class Neuron(nn.Module):
 
 
 def _to_int8(spikes: Tensor) -> Tensor:
-    if spikes.sum().isnan():
-        raise ValueError("the current holds NaN, which no spike code can say; find the layer that it comes from.")
+    _refuse_nan(spikes.sum())
     return spikes.to(torch.int8)
+
+
+def _refuse_nan(total: Tensor) -> None:
+    if total.isnan():
+        raise ValueError("the current holds NaN, which no spike code can say; find the layer that it comes from.")
 
 
 def build_neuron(config: NeuronConfig, channels: int) -> Neuron:

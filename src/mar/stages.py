@@ -264,18 +264,14 @@ class Spike:
 
     @contextmanager
     def _counting(self) -> Iterator[list[Tensor]]:
-        """MAC-weighted spikes per input of each site: exact, with the gradient of |I| / V cut at T."""
+        """MAC-weighted spikes per input of each site (see `Neuron.mean_spikes`)."""
         counts: list[Tensor] = []
         handles = []
         if self.energy_target is not None:
             for neuron, weight in self._sites:
 
                 def count(_: nn.Module, args: tuple[Tensor], neuron: Neuron = neuron, weight: float = weight) -> None:
-                    level = args[0].float() / neuron.threshold
-                    level = level.relu() if neuron.config.kind == "binary" else level.abs()
-                    level = level.clamp(max=neuron.config.time_steps)
-                    exact = neuron.spike_count(args[0]) - level.detach()
-                    counts.append((level + exact).mean() * weight)
+                    counts.append(neuron.mean_spikes(args[0]) * weight)
 
                 handles.append(neuron.register_forward_pre_hook(count))
         try:

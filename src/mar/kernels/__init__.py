@@ -13,12 +13,13 @@ from torch import Tensor
 
 from mar.kernels import chunked, native
 from mar.kernels.chunked import scan_step
-from mar.kernels.native import mixer, staircase
+from mar.kernels.native import mean_spikes, mixer, staircase
 from mar.kernels.pointwise import rms_norm, silu_product
 
 __all__ = [
     "backends",
     "causal_conv",
+    "mean_spikes",
     "mixer",
     "mixer_takes",
     "rms_norm",
@@ -80,7 +81,7 @@ def mixer_takes(projected: Tensor, conv_weight: Tensor) -> bool:
 
 
 def staircase_takes(current: Tensor) -> bool:
-    """Whether `staircase` can run: it has no torch version, which is `mar.neurons`' own code."""
+    """Whether `staircase` and `mean_spikes` can run: their torch versions are `mar.neurons`' own code."""
     return _NATIVE and native.takes(current)
 
 

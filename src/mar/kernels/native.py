@@ -127,6 +127,16 @@ def staircase(
     return _Staircase.apply(current, threshold, codes, passing, precharge)  # type: ignore[return-value]
 
 
+def mean_spikes(
+    current: Float[Tensor, "*batch channels"],
+    threshold: Float[Tensor, "thresholds"],
+    codes: tuple[float, float],
+    precharge: float,
+) -> Float[Tensor, ""]:
+    """Mean size of the codes of `staircase`, exact, fp32; backward, of |I| / V cut at the outermost codes."""
+    return _MeanSpikes.apply(current, threshold, codes, precharge)  # type: ignore[return-value]
+
+
 def _differentiates(tensors: tuple[Tensor | None, ...]) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
@@ -368,8 +378,39 @@ class _Staircase(torch.autograd.Function):
         parts = _fp32(core.staircase_items(call.call), rows.shape[1]) if needs_threshold else None
         call.set(doutput=gradient.reshape(rows.shape).contiguous(), dcurrent=dcurrent, dthreshold_parts=parts)
         call.run("staircase_backward")
-        return (
-            None if dcurrent is None else dcurrent.view(gradient.shape),
-            None if parts is None else parts.sum(0).sum_to_size(threshold.shape).to(threshold.dtype),
-            *[None] * 3,
-        )
+        return *_staircase_gradients(dcurrent, parts, gradient.shape, threshold), *[None] * 3
+
+
+def _staircase_gradients(
+    dcurrent: Tensor | None, parts: Tensor | None, shape: torch.Size, threshold: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    return (
+        None if dcurrent is None else dcurrent.view(shape),
+        None if parts is None else parts.sum(0).sum_to_size(threshold.shape).to(threshold.dtype),
+    )
+
+
+class _MeanSpikes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, current, threshold, codes, precharge):
+        rows = current.reshape(-1, current.shape[-1]).contiguous()
+        call = _Staircase._describe(rows, threshold, codes, codes, precharge)
+        parts = torch.empty(core.staircase_items(call.call), dtype=torch.float64)
+        call.set(spikes_parts=parts)
+        call.run("spikes_forward")
+        ctx.save_for_backward(rows, threshold)
+        ctx.choices = codes, codes, precharge
+        ctx.shape = current.shape
+        return (parts.sum() / rows.numel()).float()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):  # type: ignore[override]
+        rows, threshold = ctx.saved_tensors
+        call = _Staircase._describe(rows, threshold, *ctx.choices)
+        needs_current, needs_threshold, *_ = ctx.needs_input_grad
+        dcurrent = torch.empty_like(rows) if needs_current else None
+        parts = _fp32(core.staircase_items(call.call), rows.shape[1]) if needs_threshold else None
+        call.set(share=gradient.item() / rows.numel(), dcurrent=dcurrent, dthreshold_parts=parts)
+        call.run("spikes_backward")
+        return *_staircase_gradients(dcurrent, parts, ctx.shape, threshold), None, None
