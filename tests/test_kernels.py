@@ -345,5 +345,5 @@ def test_conv_reads_no_uninitialised_memory():
 
 
 def test_every_op_names_its_backend():
-    assert set(kernels.backends()) == {"scan", "scan_step", "causal_conv", "mixer", "staircase"}
+    assert set(kernels.backends()) == {"scan", "scan_step", "causal_conv", "mixer", "staircase", "mean_spikes"}
     assert all(": " in choice for choice in kernels.backends().values())

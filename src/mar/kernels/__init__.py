@@ -94,7 +94,8 @@ def backends() -> dict[str, str]:
             "causal_conv": "one library convolution",
             "mixer": "an op at a time",
             "staircase": "fp32 chunks that fit the cache",
+            "mean_spikes": "an op at a time",
         }
         return torch_only | {op: f"torch: {how} ({_REASON})" for op, how in ops.items()}
-    ops = ("scan", "causal_conv", "mixer", "staircase")
+    ops = ("scan", "causal_conv", "mixer", "staircase", "mean_spikes")
     return torch_only | dict.fromkeys(ops, f"native: {_REASON}; torch for fp64 and for tensors not on a CPU")
