@@ -371,19 +371,21 @@ class _Staircase(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):  # type: ignore[override]
-        rows, threshold = ctx.saved_tensors
-        call = _Staircase._describe(rows, threshold, *ctx.choices)
-        needs_current, needs_threshold, *_ = ctx.needs_input_grad
-        dcurrent = torch.empty_like(rows) if needs_current else None
-        parts = _fp32(core.staircase_items(call.call), rows.shape[1]) if needs_threshold else None
-        call.set(doutput=gradient.reshape(rows.shape).contiguous(), dcurrent=dcurrent, dthreshold_parts=parts)
-        call.run("staircase_backward")
-        return *_staircase_gradients(dcurrent, parts, gradient.shape, threshold), *[None] * 3
+        doutput = gradient.reshape(-1, gradient.shape[-1]).contiguous()
+        return *_staircase_gradients(ctx, "staircase_backward", gradient.shape, doutput=doutput), *[None] * 3
 
 
 def _staircase_gradients(
-    dcurrent: Tensor | None, parts: Tensor | None, shape: torch.Size, threshold: Tensor
+    ctx: Any, kernel: str, shape: torch.Size, **fields: Any
 ) -> tuple[Tensor | None, Tensor | None]:
+    """Of a current of this shape and of V, as the kernel gives them for what the forward pass kept."""
+    rows, threshold = ctx.saved_tensors
+    call = _Staircase._describe(rows, threshold, *ctx.choices)
+    needs_current, needs_threshold, *_ = ctx.needs_input_grad
+    dcurrent = torch.empty_like(rows) if needs_current else None
+    parts = _fp32(core.staircase_items(call.call), rows.shape[1]) if needs_threshold else None
+    call.set(dcurrent=dcurrent, dthreshold_parts=parts, **fields)
+    call.run(kernel)
     return (
         None if dcurrent is None else dcurrent.view(shape),
         None if parts is None else parts.sum(0).sum_to_size(threshold.shape).to(threshold.dtype),
@@ -394,23 +396,17 @@ class _MeanSpikes(torch.autograd.Function):
     @staticmethod
     def forward(ctx, current, threshold, codes, precharge):
         rows = current.reshape(-1, current.shape[-1]).contiguous()
-        call = _Staircase._describe(rows, threshold, codes, codes, precharge)
+        ctx.choices = codes, codes, precharge
+        call = _Staircase._describe(rows, threshold, *ctx.choices)
         parts = torch.empty(core.staircase_items(call.call), dtype=torch.float64)
         call.set(spikes_parts=parts)
         call.run("spikes_forward")
         ctx.save_for_backward(rows, threshold)
-        ctx.choices = codes, codes, precharge
         ctx.shape = current.shape
         return (parts.sum() / rows.numel()).float()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):  # type: ignore[override]
-        rows, threshold = ctx.saved_tensors
-        call = _Staircase._describe(rows, threshold, *ctx.choices)
-        needs_current, needs_threshold, *_ = ctx.needs_input_grad
-        dcurrent = torch.empty_like(rows) if needs_current else None
-        parts = _fp32(core.staircase_items(call.call), rows.shape[1]) if needs_threshold else None
-        call.set(share=gradient.item() / rows.numel(), dcurrent=dcurrent, dthreshold_parts=parts)
-        call.run("spikes_backward")
-        return *_staircase_gradients(dcurrent, parts, ctx.shape, threshold), None, None
+        share = gradient.item() / ctx.shape.numel()
+        return *_staircase_gradients(ctx, "spikes_backward", ctx.shape, share=share), None, None
