@@ -106,39 +106,69 @@ void block_bf16(Block block, int inputs, const float* values, int tokens, float*
 
 namespace {
 
+// Weights are multiplied in halves of a slice: a half of 600 inputs stays in the first-level cache, and with two vectors
+// of outputs 12 tokens' sums stay in registers.
+constexpr int kHalf = 2;
+constexpr int kHalfLine = kHalf * 64;
+
+// A quad of rows of a slice, each output's four bytes side by side, to the place of each half.
+inline void store_quad(__m512i mixed[4], std::uint8_t* halves, int quads, int quad) {
+  __m512i ordered[4];
+  in_order(mixed[0], mixed[1], mixed[2], mixed[3], ordered);
+  for (int v = 0; v < 4; ++v) store(halves + ((v / kHalf * quads + quad) * kHalf + v % kHalf) * 64, ordered[v]);
+}
+
+// Sums come back by value: GCC 12 keeps what it is given by address in memory, and writes it there in every turn.
 template <int M>
-inline void dots(const std::int8_t* codes, std::size_t stride, const std::uint8_t* weights, int quads,
-                 __m512i sums[M][4]) {
+struct Sums {
+  I of[M][kHalf];
+};
+
+template <int M>
+inline Sums<M> dots(const std::int8_t* codes, std::size_t stride, const std::uint8_t* weights, int quads) {
+  Sums<M> sums = {};
   for (int i = 0; i < quads; ++i) {
-    __m512i w[4];
-    for (int v = 0; v < 4; ++v) w[v] = load<__m512i>(weights + (i * 4 + v) * 64);
+    __m512i w[kHalf];
+    for (int v = 0; v < kHalf; ++v) w[v] = load<__m512i>(weights + i * kHalfLine + v * 64);
     for (int m = 0; m < M; ++m) {
       std::int32_t four;
       std::memcpy(&four, codes + m * stride + 4 * i, 4);
       const __m512i x = _mm512_set1_epi32(four);
-      for (int v = 0; v < 4; ++v) sums[m][v] = _mm512_dpbusd_epi32(sums[m][v], w[v], x);
+      for (int v = 0; v < kHalf; ++v) sums.of[m][v] = (I)_mm512_dpbusd_epi32((__m512i)sums.of[m][v], w[v], x);
     }
   }
+  return sums;
 }
 
 template <int M>
 inline void tile_i8(const std::int8_t* codes, std::size_t stride, const std::uint8_t* weights, int quads,
                     const float* scales, const std::int32_t* sums, const float* token_scales, float* out,
                     std::size_t out_stride) {
-  __m512i acc[M][4];
-  for (auto& row : acc)
-    for (auto& one : row) one = _mm512_setzero_si512();
-  dots<M>(codes, stride, weights, quads, acc);
+  const Sums<M> found = dots<M>(codes, stride, weights, quads);
   for (int m = 0; m < M; ++m) {
-    __m512i ordered[4];
-    in_order(acc[m][0], acc[m][1], acc[m][2], acc[m][3], ordered);
     const float factor = token_scales ? token_scales[m] : 1.0f;
-    for (int v = 0; v < 4; ++v) {
-      const F total = to_float((I)ordered[v] - 128 * sums[m]);
+    for (int v = 0; v < kHalf; ++v) {
+      const F total = to_float(found.of[m][v] - 128 * sums[m]);
       store(out + m * out_stride + v * kLanes, total * (load<F>(scales + v * kLanes) * factor));
     }
   }
 }
+
+// Calls tile<M> over `tokens` rows, the widest tile first.
+#define MAR_HALF_TILES(widest, call) \
+  for (int m = 0; m < tokens;) {     \
+    const int left = tokens - m;     \
+    if (left >= widest) {            \
+      call(widest);                  \
+      m += widest;                   \
+    } else if (left >= 4) {          \
+      call(4);                       \
+      m += 4;                        \
+    } else {                         \
+      call(1);                       \
+      m += 1;                        \
+    }                                \
+  }
 
 }  // namespace
 
@@ -151,39 +181,39 @@ void block_i8(Block block, int inputs, const float* scales, const std::int8_t* c
       __m512i mixed[4];
       interleave(load<__m512i>(row), load<__m512i>(row + block.stride), load<__m512i>(row + 2 * block.stride),
                  load<__m512i>(row + 3 * block.stride), mixed);
-      for (int v = 0; v < 4; ++v) store(scratch + (i * 4 + v) * 64, mixed[v]);
+      store_quad(mixed, scratch, quads, i);
     }
-#define MAR_CALL(M)                                                                                               \
-  tile_i8<M>(codes + static_cast<std::size_t>(m) * inputs, inputs, scratch, quads, scales + s * kSlice, sums + m, \
-             token_scales ? token_scales + m : nullptr, out + m * out_stride + s * kSlice, out_stride)
-    MAR_TILES(6, MAR_CALL)
+    for (int half = 0; half < 2; ++half) {
+      const std::uint8_t* weights = scratch + half * quads * kHalfLine;
+      const int column = s * kSlice + half * kHalf * kLanes;
+#define MAR_CALL(M)                                                                                                \
+  tile_i8<M>(codes + static_cast<std::size_t>(m) * inputs, inputs, weights, quads, scales + column, sums + m,      \
+             token_scales ? token_scales + m : nullptr, out + m * out_stride + column, out_stride)
+      MAR_HALF_TILES(12, MAR_CALL)
 #undef MAR_CALL
+    }
   }
 }
 
 namespace {
 
-// scales: fp32, of each group 64, in the order of the registers.
+// scales: fp32, of each group 64.
 template <int M>
 inline void tile_i4(const std::int8_t* codes, std::size_t stride, const std::uint8_t* weights, int quads,
                     const float* scales, const std::int32_t* sums, int groups, const float* token_scales, float* out,
                     std::size_t out_stride) {
-  F totals[M][4] = {};
+  F totals[M][kHalf] = {};
   for (int g = 0; g < groups; ++g) {
     constexpr int kQuads = kGroup / kQuad;
-    __m512i acc[M][4];
-    for (auto& row : acc)
-      for (auto& one : row) one = _mm512_setzero_si512();
-    dots<M>(codes + g * kGroup, stride, weights + g * kQuads * 256, std::min(kQuads, quads - g * kQuads), acc);
+    const Sums<M> found =
+        dots<M>(codes + g * kGroup, stride, weights + g * kQuads * kHalfLine, std::min(kQuads, quads - g * kQuads));
     for (int m = 0; m < M; ++m)
-      for (int v = 0; v < 4; ++v)
-        totals[m][v] += to_float((I)acc[m][v] - 8 * sums[m * groups + g]) * load<F>(scales + g * kSlice + v * kLanes);
+      for (int v = 0; v < kHalf; ++v)
+        totals[m][v] += to_float(found.of[m][v] - 8 * sums[m * groups + g]) * load<F>(scales + g * kSlice + v * kLanes);
   }
   for (int m = 0; m < M; ++m) {
-    F ordered[4];
-    in_order(totals[m][0], totals[m][1], totals[m][2], totals[m][3], ordered);
     const float factor = token_scales ? token_scales[m] : 1.0f;
-    for (int v = 0; v < 4; ++v) store(out + m * out_stride + v * kLanes, ordered[v] * factor);
+    for (int v = 0; v < kHalf; ++v) store(out + m * out_stride + v * kLanes, totals[m][v] * factor);
   }
 }
 
@@ -201,24 +231,30 @@ void block_i4(Block block, int inputs, const std::uint16_t* scales, std::size_t 
       __m512i mixed[4];
       interleave(load<__m512i>(row), load<__m512i>(row + block.stride), load<__m512i>(row + 2 * block.stride),
                  load<__m512i>(row + 3 * block.stride), mixed);
-      for (int v = 0; v < 4; ++v) {
-        const __m512i half = s % 2 ? _mm512_srli_epi16(mixed[v], 4) : mixed[v];
-        store(scratch + (i * 4 + v) * 64, _mm512_and_si512(half, low_half));
-      }
+      for (auto& one : mixed) one = _mm512_and_si512(s % 2 ? _mm512_srli_epi16(one, 4) : one, low_half);
+      store_quad(mixed, scratch, quads, i);
     }
     float* floats = reinterpret_cast<float*>(scratch + static_cast<std::size_t>(quads) * 256);
-    for (int g = 0; g < groups; ++g)
+    for (int g = 0; g < groups; ++g) {
+      __m512i parts[4], ordered[4];
       for (int v = 0; v < 4; ++v) {
         const __m512i pairs = load<__m512i>(scales + g * scale_stride + s / 2 * 2 * kSlice + v * 2 * kLanes);
         const __m512i odd = _mm512_andnot_si512(_mm512_set1_epi32(0xffff), pairs);
-        store(floats + g * kSlice + v * kLanes, s % 2 ? odd : _mm512_slli_epi32(pairs, 16));
+        parts[v] = s % 2 ? odd : _mm512_slli_epi32(pairs, 16);
       }
-#define MAR_CALL(M)                                                                                                  \
-  tile_i4<M>(codes + static_cast<std::size_t>(m) * inputs, inputs, scratch, quads, floats,                           \
-             sums + static_cast<std::size_t>(m) * groups, groups, token_scales ? token_scales + m : nullptr,         \
-             out + m * out_stride + s * kSlice, out_stride)
-    MAR_TILES(3, MAR_CALL)
+      in_order(parts[0], parts[1], parts[2], parts[3], ordered);
+      for (int v = 0; v < 4; ++v) store(floats + g * kSlice + v * kLanes, ordered[v]);
+    }
+    for (int half = 0; half < 2; ++half) {
+      const std::uint8_t* weights = scratch + half * quads * kHalfLine;
+      const int column = half * kHalf * kLanes;
+#define MAR_CALL(M)                                                                                              \
+  tile_i4<M>(codes + static_cast<std::size_t>(m) * inputs, inputs, weights, quads, floats + column,              \
+             sums + static_cast<std::size_t>(m) * groups, groups, token_scales ? token_scales + m : nullptr,     \
+             out + m * out_stride + s * kSlice + column, out_stride)
+      MAR_HALF_TILES(6, MAR_CALL)
 #undef MAR_CALL
+    }
   }
 }
 
