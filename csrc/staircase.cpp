@@ -68,7 +68,7 @@ struct Staircase {
     });
   }
 
-  // sum_t |s_t| over a row's channels: whole numbers, exact in fp32 below 2^24 a lane.
+  // sum_t |s_t| over a row's channels: whole numbers, exact in fp32 below 2^24 a row.
   double spikes(Count i) const {
     const T* current = input<T>(call.current, i * n);
     Floats total{};

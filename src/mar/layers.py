@@ -107,8 +107,8 @@ def input_moments(model: MarForCausalLM, batches: Iterable[Batch], tokens: int) 
     """The mean of x x^T / |x|^2, fp32, of what each linear multiplies, by the name of the neuron's place before it.
 
     What the head multiplies is there by the final norm's name. All tokens count alike, as some layers give a few
-    tokens such sizes that these alone would decide. Of as many batches as hold `tokens` tokens, under bf16 autocast.
-    Raises ValueError if a mean is not finite.
+    tokens such sizes that these alone would decide. Of as many batches as hold `tokens` tokens. Raises ValueError if a
+    mean is not finite.
     """
     sums: dict[str, Tensor] = {}
     places = [f"model.layers.{layer}.{place}" for layer in range(len(model.model.layers)) for place in NEURON_PLACES]
@@ -118,8 +118,7 @@ def input_moments(model: MarForCausalLM, batches: Iterable[Batch], tokens: int) 
     try:
         for batch in batches:
             rows = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            with torch.autocast(model.device.type, torch.bfloat16):
-                last_hidden(model, rows)
+            last_hidden(model, rows)
             seen += rows["input_ids"].numel()
             if seen >= tokens:
                 break
@@ -135,9 +134,8 @@ def input_moments(model: MarForCausalLM, batches: Iterable[Batch], tokens: int) 
 
 def _add_moment(sums: dict[str, Tensor], name: str) -> Any:
     def add(_module: nn.Module, _args: Any, output: Tensor) -> None:
-        with torch.autocast(output.device.type, enabled=False):
-            inputs = nn.functional.normalize(output.flatten(0, -2).float())
-            sums[name] = torch.addmm(sums[name], inputs.T, inputs) if name in sums else inputs.T @ inputs
+        inputs = nn.functional.normalize(output.flatten(0, -2).float())
+        sums[name] = torch.addmm(sums[name], inputs.T, inputs) if name in sums else inputs.T @ inputs
 
     return add
 
