@@ -2,7 +2,8 @@
 
 Does: run the product's own training loop on one set of batches, ours and plain (benchmarks/plain.py) in turns; compare
 with the arithmetic that a step cannot do without, at the rate of matrix products of the model's own shapes, which take
-their turn too; take the peak memory of distill from a process of its own. Does not: say anything about quality.
+their turn too (in int8 those of fp32); take the peak memory of distill from a process of its own. Does not: say
+anything about quality.
 
     python benchmarks/throughput.py [--json] [--text FOLDER] [--stages align distill] [--rounds 5]
 """
@@ -86,6 +87,8 @@ def stage_run(
     student = spiking if stage in SPIKING else dense
     assert student is not None
     student = student if alone else copy.deepcopy(student)
+    if config.precision == "int8" and peer != "ours":  # which plain code has not: what is faster of what it has
+        config = replace(config, precision="auto")
     # Told that the run is in fp32, `build_objective` leaves the teacher in fp32, as plain code does.
     precision = config.precision if peer == "ours" else "fp32"
     kind = StageConfig(kind=stage, train=replace(config, precision=precision))  # type: ignore[arg-type]
@@ -209,7 +212,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens a row")
     parser.add_argument("--batch", type=int, default=4, help="rows a step")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each peer and stage")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--precision", choices=("bf16", "fp32", "int8"), default="bf16")
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)

@@ -72,6 +72,55 @@ struct StaircaseCall {
   float share = 0;                     // of spikes_backward: the gradient of one element's spikes
 };
 
+// int8 products: out = scales[m] * column_scales[n] * sum_k codes[m][k] * weights[k][n], all sums exact. A panel holds 32
+// columns of the inner dimension's rows, four rows' bytes of a column side by side; weights in panels are off by 128.
+// Numbers of columns, and of inputs and outputs, are multiples of 32; inner dimensions of 4.
+
+// codes = round(x * by / scale) of each row, scale = max |x * by| / 127 or 1, and NaN where something is not finite. For
+// int8_maxima: max |x| of each column.
+struct Int8Rows {
+  std::int64_t rows = 0, columns = 0, stride = 0;
+  bool whole = false;          // x * by are whole numbers, at most 127: scale 1
+  Address input = 0;           // fp32 (rows, columns), rows `stride` apart
+  Address by = 0;              // fp32 (columns); not for int8_maxima
+  Address codes = 0;           // int8 (rows, columns)
+  Address scales = 0;          // fp32 (rows); of int8_maxima the result, fp32 (columns)
+  Address sums = 0;            // int32 (rows): of a row's codes
+};
+
+// Weights times `by`, rounded with a scale for each output, in panels for x W^T and, if wanted, for gradients times W.
+struct Int8Weights {
+  std::int64_t outputs = 0, inputs = 0, stride = 0;
+  Address weight = 0;          // fp32 (outputs, inputs), rows `stride` apart
+  Address by = 0;              // fp32 (inputs)
+  Address scales = 0;          // fp32 (outputs)
+  Address forward = 0;         // uint8: panels of outputs over inputs
+  Address backward = 0;        // uint8: panels of inputs over outputs, or none
+  Address scratch = 0;         // int8 (outputs / 8, inputs)
+};
+
+// Rows in panels: of codes, off by 128; else of x * by (by of each row), rounded with a scale for each column.
+struct Int8Turned {
+  std::int64_t rows = 0, columns = 0, stride = 0;
+  Address codes = 0;           // int8 (rows, columns), or none
+  Address input = 0;           // fp32 (rows, columns)
+  Address by = 0;              // fp32 (rows)
+  Address scales = 0;          // fp32 (columns)
+  Address sums = 0;            // int32 (columns)
+  Address panels = 0;          // 8 bits: panels of columns over rows
+};
+
+struct Int8Product {
+  std::int64_t rows = 0, columns = 0, inner = 0, stride = 0;
+  bool turned = false;         // codes lie in panels of 32 rows
+  Address codes = 0;           // int8 (rows, inner)
+  Address scales = 0;          // fp32 (rows)
+  Address sums = 0;            // int32 (rows)
+  Address panels = 0;          // uint8, of columns over inner
+  Address column_scales = 0;   // fp32 (columns)
+  Address out = 0;             // fp32 (rows, columns), rows `stride` apart
+};
+
 // One item is done by one thread; items of a call are independent of each other.
 struct Training {
   std::int64_t chunk;                                    // tokens between two kept states
@@ -86,6 +135,13 @@ struct Training {
   void (*staircase_backward)(const StaircaseCall&, std::int64_t item);
   void (*spikes_forward)(const StaircaseCall&, std::int64_t item);
   void (*spikes_backward)(const StaircaseCall&, std::int64_t item);
+  std::int64_t (*int8_row_items)(const Int8Rows&);
+  void (*int8_rows)(const Int8Rows&, std::int64_t item);
+  void (*int8_maxima)(const Int8Rows&, std::int64_t item);      // items: columns / 32
+  void (*int8_weights)(const Int8Weights&, std::int64_t item);  // items: outputs / 32
+  void (*int8_turned)(const Int8Turned&, std::int64_t item);    // items: columns / 32
+  std::int64_t (*int8_product_items)(const Int8Product&);
+  void (*int8_product)(const Int8Product&, std::int64_t item);
 };
 
 }  // namespace mar

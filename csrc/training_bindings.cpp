@@ -127,6 +127,30 @@ void bind_training(nb::module_& m, const mar::Training* table) {
         .MAR_FIELD(pass_low).MAR_FIELD(pass_high).MAR_FIELD(current).MAR_FIELD(output).MAR_FIELD(threshold)
         .MAR_FIELD(doutput).MAR_FIELD(dcurrent).MAR_FIELD(dthreshold_parts).MAR_FIELD(spikes_parts).MAR_FIELD(share);
   }
+  {
+    using Call = mar::Int8Rows;
+    nb::class_<Call>(m, "Int8Rows").def(nb::init<>())
+        .MAR_FIELD(rows).MAR_FIELD(columns).MAR_FIELD(stride).MAR_FIELD(whole).MAR_FIELD(input).MAR_FIELD(by)
+        .MAR_FIELD(codes).MAR_FIELD(scales).MAR_FIELD(sums);
+  }
+  {
+    using Call = mar::Int8Weights;
+    nb::class_<Call>(m, "Int8Weights").def(nb::init<>())
+        .MAR_FIELD(outputs).MAR_FIELD(inputs).MAR_FIELD(stride).MAR_FIELD(weight).MAR_FIELD(by).MAR_FIELD(scales)
+        .MAR_FIELD(forward).MAR_FIELD(backward).MAR_FIELD(scratch);
+  }
+  {
+    using Call = mar::Int8Turned;
+    nb::class_<Call>(m, "Int8Turned").def(nb::init<>())
+        .MAR_FIELD(rows).MAR_FIELD(columns).MAR_FIELD(stride).MAR_FIELD(codes).MAR_FIELD(input).MAR_FIELD(by)
+        .MAR_FIELD(scales).MAR_FIELD(sums).MAR_FIELD(panels);
+  }
+  {
+    using Call = mar::Int8Product;
+    nb::class_<Call>(m, "Int8Product").def(nb::init<>())
+        .MAR_FIELD(rows).MAR_FIELD(columns).MAR_FIELD(inner).MAR_FIELD(stride).MAR_FIELD(turned).MAR_FIELD(codes)
+        .MAR_FIELD(scales).MAR_FIELD(sums).MAR_FIELD(panels).MAR_FIELD(column_scales).MAR_FIELD(out);
+  }
 #undef MAR_FIELD
 
   m.def("set_gomp", [](mar::Address address) { gomp_parallel = reinterpret_cast<GompParallel>(address); });
@@ -157,5 +181,20 @@ void bind_training(nb::module_& m, const mar::Training* table) {
   });
   m.def("spikes_backward", [table](const StaircaseCall& call, int threads) {
     run(table->spikes_backward, call, table->staircase_items(call), threads);
+  });
+  m.def("int8_rows", [table](const mar::Int8Rows& call, int threads) {
+    run(table->int8_rows, call, table->int8_row_items(call), threads);
+  });
+  m.def("int8_maxima", [table](const mar::Int8Rows& call, int threads) {
+    run(table->int8_maxima, call, call.columns / 32, threads);
+  });
+  m.def("int8_weights", [table](const mar::Int8Weights& call, int threads) {
+    run(table->int8_weights, call, call.outputs / 32, threads);
+  });
+  m.def("int8_turned", [table](const mar::Int8Turned& call, int threads) {
+    run(table->int8_turned, call, call.columns / 32, threads);
+  });
+  m.def("int8_product", [table](const mar::Int8Product& call, int threads) {
+    run(table->int8_product, call, table->int8_product_items(call), threads);
   });
 }

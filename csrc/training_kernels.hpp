@@ -23,6 +23,13 @@ void staircase_forward(const StaircaseCall& call, Count item);
 void staircase_backward(const StaircaseCall& call, Count item);
 void spikes_forward(const StaircaseCall& call, Count item);
 void spikes_backward(const StaircaseCall& call, Count item);
+Count int8_row_items(const Int8Rows& call);
+void int8_rows(const Int8Rows& call, Count item);
+void int8_maxima(const Int8Rows& call, Count item);
+void int8_weights(const Int8Weights& call, Count item);
+void int8_turned(const Int8Turned& call, Count item);
+Count int8_product_items(const Int8Product& call);
+void int8_product(const Int8Product& call, Count item);
 
 namespace {
 

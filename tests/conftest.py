@@ -68,6 +68,20 @@ def fixed_seeds() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """What torch allocates without filling holds NaN."""
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(4).isnan().all()
+    assert torch.ones(1).new_empty(4).isnan().all()
+    assert torch.empty_like(torch.ones(4)).isnan().all()
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache() -> Iterator[None]:
     """Keep tests out of the user's cache, in processes that they start too."""

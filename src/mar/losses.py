@@ -15,6 +15,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mar import kernels
+
 IGNORE_LABEL = -100
 _BLOCK_ELEMENTS = 3 * 2**17
 """Entries of one fp32 work buffer on a CPU: four such buffers stay in its caches, whatever the vocabulary."""
@@ -210,8 +212,9 @@ class _Head:
     0.06. A constant column more in the product (its sums are fp32) subtracts the level before anything is rounded.
     """
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype):
-        self.dtype = dtype
+    def __init__(self, weight: Tensor, hidden: Tensor):
+        self.dtype = dtype = _product_dtype(hidden)
+        self.int8 = kernels.int8_head(weight, hidden)
         self.levelled = torch.finfo(dtype).bits == 16
         self.vocab, self.width = weight.shape
         if self.levelled:
@@ -225,6 +228,8 @@ class _Head:
         self.weight = self.rows[:, : self.width]
 
     def logits(self, hidden: Tensor, out: Tensor) -> None:
+        if self.int8 is not None:
+            return self.int8.logits(hidden, out)
         hidden = hidden.to(self.dtype)
         if self.levelled:
             # Tokenizers number frequent words first, so a few rows show about how high the logits reach.
@@ -233,6 +238,7 @@ class _Head:
             hidden = F.pad(hidden, (0, self.rows.shape[1] - self.width))
             hidden[:, self.width] = -level
         torch.mm(hidden, self.rows.t(), out=out)
+        return None
 
 
 class _NoHead(_Head):
@@ -268,8 +274,8 @@ class _Pair:
         if student_head is None:
             self.student = _NoHead(student_hidden)
         else:
-            self.student = _Head(student_head, _product_dtype(student_hidden))
-        self.teacher = _Head(teacher_head, _product_dtype(teacher_hidden))
+            self.student = _Head(student_head, student_hidden)
+        self.teacher = _Head(teacher_head, teacher_hidden)
         self.chunk = min(chunk, max(len(student_hidden), 1))
         self.work = _work_dtype(student_hidden)
         self.rows = min(self.chunk, max(_BLOCK_ELEMENTS // vocab, 1)) if device.type == "cpu" else self.chunk

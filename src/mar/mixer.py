@@ -171,9 +171,10 @@ class DiscreteMamba2(nn.Module):
         main, rows = self.in_proj.weight.split([wide, len(self.in_proj.weight) - wide])
         projected = F.linear(spikes, main)
         with torch.autocast(hidden.device.type, enabled=False):
-            # bf16 logits would quantise the decay itself, so these few rows are always multiplied in fp32.
+            # bf16 logits would quantise the decay itself, so these few rows are always multiplied in fp32; and by no
+            # linear, which int8 products would take.
             rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-            logits = F.linear(spikes.to(rows.dtype), rows)
+            logits = spikes.to(rows.dtype) @ rows.t()
             if self.decay_bias is not None:
                 logits = logits + self.decay_bias
             return projected, -F.softplus(logits)

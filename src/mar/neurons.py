@@ -239,7 +239,10 @@ class Neuron(nn.Module):
     def forward(self, current: Float[Tensor, "*batch channels"]) -> Float[Tensor, "*batch channels"]:
         """The merged spikes, differentiable in `current` and `a`."""
         self._check(current)
-        threshold = self.threshold
+        output = self._output(current, self.threshold)
+        return kernels.note_spikes(output, self.scale, self.config.time_steps) if self.config.tau == 1 else output
+
+    def _output(self, current: Tensor, threshold: Tensor) -> Tensor:
         if has_closed_form(self.config):
             if self.config.surrogate == "ste" and kernels.staircase_takes(current):
                 passing = ste_range(self.config.time_steps, _signed(self.config))

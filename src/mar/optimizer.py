@@ -25,8 +25,8 @@ class TrainConfig:
     warmup_steps: of linear warm-up.
     schedule: `cosine` falls to min_lr_ratio * lr over the remaining steps; `wsd` (warm-up, stable, decay) keeps lr, and
         falls linearly to the same value over the last decay_fraction of all steps.
-    clip: largest gradient norm, or None. precision: `bf16` autocast (parameters stay in fp32), `fp32`, or
-        `auto`: bf16 unless fp32 is faster on the machine (see mar.precision).
+    clip: largest gradient norm, or None. precision: `bf16` autocast (parameters stay in fp32), `fp32`, `int8` (matrix
+        products only, on CPUs; see mar.kernels.int8), or `auto`: bf16 unless fp32 is faster (see mar.precision).
     checkpoint_minutes, keep_checkpoints, log_every (steps), tensorboard: what is written; no number depends on them.
     """
 
@@ -42,7 +42,7 @@ class TrainConfig:
     decay_fraction: float = 0.2
     min_lr_ratio: float = 0.0
     clip: float | None = 1.0
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: Literal["auto", "bf16", "fp32", "int8"] = "auto"
     seed: int = 0
     checkpoint_minutes: float = 5.0
     keep_checkpoints: int = 2
@@ -53,7 +53,7 @@ class TrainConfig:
         for name, allowed in (
             ("optimizer", ("adamw", "muon")),
             ("schedule", ("cosine", "wsd")),
-            ("precision", ("auto", "bf16", "fp32")),
+            ("precision", ("auto", "bf16", "fp32", "int8")),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; use one of {', '.join(map(repr, allowed))}.")

@@ -30,7 +30,7 @@ from mar.checkpoint import (
 )
 from mar.objective import Objective, ParameterGroup, Rows
 from mar.optimizer import TrainConfig, build_optimizers, lr_at
-from mar.precision import resolve_precision
+from mar.precision import forward_precision, resolve_precision
 from mar.processes import noted_interrupts, this_process
 from mar.trainlog import TrainLog
 
@@ -260,7 +260,7 @@ class _Run:
 
         for _ in range(self.config.accumulation):
             batch = {name: tensor.to(self.device) for name, tensor in next(batches).items()}
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            with forward_precision(self.precision, self.device):
                 metrics = self.objective.accumulate(batch, backward)
             for name, value in metrics.items():
                 totals[name] = totals.get(name, 0.0) + value / self.config.accumulation

@@ -11,17 +11,22 @@ import os
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mar.kernels import chunked, native
+from mar.kernels import chunked, int8, native
 from mar.kernels.chunked import scan_step
+from mar.kernels.int8 import Int8Products, note_spikes
 from mar.kernels.native import mean_spikes, mixer, staircase
 from mar.kernels.pointwise import rms_norm, silu_product
 
 __all__ = [
+    "Int8Products",
     "backends",
     "causal_conv",
+    "int8_head",
+    "int8_runs",
     "mean_spikes",
     "mixer",
     "mixer_takes",
+    "note_spikes",
     "rms_norm",
     "scan",
     "scan_step",
@@ -85,6 +90,16 @@ def staircase_takes(current: Tensor) -> bool:
     return _NATIVE and native.takes(current)
 
 
+def int8_head(weight: Tensor, hidden: Tensor) -> int8.Head | None:
+    """The head in int8, if `Int8Products` is entered and it can be: `hidden` are all states that it will multiply."""
+    return int8.head(weight, hidden)
+
+
+def int8_runs() -> bool:
+    """Whether `Int8Products` can run: it has no torch version."""
+    return _NATIVE
+
+
 def backends() -> dict[str, str]:
     """Op to 'backend: reason', as `mar info` prints it."""
     torch_only = {"scan_step": "torch: one fused update"}
@@ -95,7 +110,8 @@ def backends() -> dict[str, str]:
             "mixer": "an op at a time",
             "staircase": "fp32 chunks that fit the cache",
             "mean_spikes": "an op at a time",
+            "int8": "linear layers stay as they are",
         }
         return torch_only | {op: f"torch: {how} ({_REASON})" for op, how in ops.items()}
-    ops = ("scan", "causal_conv", "mixer", "staircase", "mean_spikes")
+    ops = ("scan", "causal_conv", "mixer", "staircase", "mean_spikes", "int8")
     return torch_only | dict.fromkeys(ops, f"native: {_REASON}; torch for fp64 and for tensors not on a CPU")

@@ -173,7 +173,7 @@ def _fp32(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32)
 
 
-class _Call:
+class Call:
     """A description for the core, and the tensors that it points to, which must live as long."""
 
     def __init__(self, kind: str, **fields: Any):
@@ -193,9 +193,9 @@ class _Call:
         getattr(core, kernel)(self.call, torch.get_num_threads())
 
 
-def _scan_call(heads: int, width: int, size: int, log_decay: Tensor, state: Tensor | None, ids: Tensor | None) -> _Call:
+def _scan_call(heads: int, width: int, size: int, log_decay: Tensor, state: Tensor | None, ids: Tensor | None) -> Call:
     batch, length, _ = log_decay.shape
-    scan = _Call("ScanCall", batch=batch, length=length, heads=heads, width=width, size=size)
+    scan = Call("ScanCall", batch=batch, length=length, heads=heads, width=width, size=size)
     scan.set(log_decay=_packed(log_decay), first=_packed(state), document_ids=_ids(ids))
     return scan
 
@@ -210,9 +210,7 @@ def _states(call: Any) -> Tensor:
 
 class _Scan(torch.autograd.Function):
     @staticmethod
-    def _describe(
-        x: Tensor, log_decay: Tensor, b: Tensor, c: Tensor, state: Tensor | None, ids: Tensor | None
-    ) -> _Call:
+    def _describe(x: Tensor, log_decay: Tensor, b: Tensor, c: Tensor, state: Tensor | None, ids: Tensor | None) -> Call:
         scan = _scan_call(x.shape[2], x.shape[3], b.shape[3], log_decay, state, ids)
         scan.set(bf16=x.dtype == torch.bfloat16, x=_view(x), b=_view(b), c=_view(c))
         return scan
@@ -247,16 +245,16 @@ class _Scan(torch.autograd.Function):
         return dx, dlog_decay, db, dc, _like(dstate, state), None, None
 
 
-def _conv_call(x: Tensor, weight: Tensor, bias: Tensor, past: Tensor | None, ids: Tensor | None) -> _Call:
+def _conv_call(x: Tensor, weight: Tensor, bias: Tensor, past: Tensor | None, ids: Tensor | None) -> Call:
     """x may be wider than the convolution, which then reads its first channels."""
     channels, taps = weight.shape
-    conv = _Call("ConvCall", batch=x.shape[0], length=x.shape[1], channels=channels, taps=taps)
+    conv = Call("ConvCall", batch=x.shape[0], length=x.shape[1], channels=channels, taps=taps)
     conv.set(bf16=x.dtype == torch.bfloat16, x=_view(x), weight=_packed(weight.t()), bias=_packed(bias))
     conv.set(past=None if past is None else past.detach().to(x.dtype).contiguous(), document_ids=_ids(ids))
     return conv
 
 
-def _conv_gradients(conv: _Call, dy: Tensor, dx: Tensor, dpast: Tensor | None) -> tuple[Tensor, Tensor]:
+def _conv_gradients(conv: Call, dy: Tensor, dx: Tensor, dpast: Tensor | None) -> tuple[Tensor, Tensor]:
     """Fills dx and dpast; returns the gradients of weight and bias."""
     call = conv.call
     dweight, dbias = _fp32(call.batch, call.taps, call.channels), _fp32(call.batch, call.channels)
@@ -287,7 +285,7 @@ class _Conv(torch.autograd.Function):
 
 class _Mixer(torch.autograd.Function):
     @staticmethod
-    def _describe(inputs: tuple[Any, ...], gain: bool, unit: bool) -> tuple[_Call, _Call, Tensor]:
+    def _describe(inputs: tuple[Any, ...], gain: bool, unit: bool) -> tuple[Call, Call, Tensor]:
         """The calls of convolution and scan, and x, B and C after the convolution, which has run."""
         projected, log_decay, conv_weight, conv_bias, z_bias, skip, state, past, ids = inputs
         channels, inner, heads = conv_weight.shape[0], z_bias.shape[0], skip.shape[0]
@@ -350,9 +348,9 @@ def _parts(mixed: Tensor, call: Any) -> tuple[Any, Any, Any]:
 
 class _Staircase(torch.autograd.Function):
     @staticmethod
-    def _describe(rows: Tensor, threshold: Tensor, codes: Any, passing: Any, precharge: float) -> _Call:
+    def _describe(rows: Tensor, threshold: Tensor, codes: Any, passing: Any, precharge: float) -> Call:
         wide = threshold.detach().float().expand(rows.shape[1]).contiguous()
-        call = _Call("StaircaseCall", rows=rows.shape[0], channels=rows.shape[1], bf16=rows.dtype == torch.bfloat16)
+        call = Call("StaircaseCall", rows=rows.shape[0], channels=rows.shape[1], bf16=rows.dtype == torch.bfloat16)
         call.set(precharge=precharge, low=codes[0], high=codes[1], pass_low=passing[0], pass_high=passing[1])
         call.set(current=rows, threshold=wide)
         return call

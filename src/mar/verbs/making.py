@@ -171,7 +171,7 @@ def train(
     trained: Literal["mixers", "mixers+norms", "thresholds", "layers", "all"] | None = None,
     energy_target: float | None = None,
     energy_weight: float | None = None,
-    precision: Literal["auto", "bf16", "fp32"] = "auto",
+    precision: Literal["auto", "bf16", "fp32", "int8"] = "auto",
 ) -> Result:
     """Train one stage on an existing student folder; the same command goes on after a stop.
 
@@ -193,7 +193,8 @@ def train(
         trained: parameter set, for distill and spike.
         energy_target: MAC-weighted spikes per input to steer to, for spike.
         energy_weight: what a spike per input above it costs (default: 1); where more are spent than wanted, raise it.
-        precision: bf16 autocast, fp32, or auto: bf16 unless fp32 is faster on this machine, as `mar info` says.
+        precision: bf16 autocast, fp32, int8 products (on CPUs; see docs/training.md), or auto: bf16 unless fp32 is
+            faster on this machine, as `mar info` says.
     """
     require_mar(student)
     from dataclasses import replace

@@ -329,7 +329,7 @@ def info() -> Result:
         flags = re.search(r"^flags\s*:(.*)$", cpuinfo.read_text(), re.MULTILINE)
         wanted = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8")
         features = [flag for flag in wanted if flags and flag in flags.group(1).split()]
-    per_second = " and ".join(f"{rate:.0f} in {name}" for name, rate in matmul_rates("cpu").items())
+    per_second = ", ".join(f"{rate:.0f} in {name}" for name, rate in matmul_rates("cpu").items())
     return {
         "versions": {name: version(name) for name in ("mar", "torch", "transformers", "accelerate")},
         "python": platform.python_version(),
