@@ -29,10 +29,10 @@ inline float largest(Ints sizes) {
   return found;
 }
 
-// To the nearest, ties to even, held within [-127, 127].
+// To the nearest, ties to even, held within [-127, 127]; NaN, which scales show, becomes -127.
 inline Ints rounded(Floats v) {
-  v = v < -127.0f ? splat(-127.0f) : v;
-  v = v > 127.0f ? splat(127.0f) : v;
+  v = v > -127.0f ? v : splat(-127.0f);
+  v = v < 127.0f ? v : splat(127.0f);
   const Floats magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   return __builtin_convertvector((v + magic) - magic, Ints);
 }
@@ -142,24 +142,17 @@ void int8_maxima(const Int8Rows& call, Count item) {
 void int8_weights(const Int8Weights& call, Count item) {
   const Count inputs = call.inputs, first = item * kSlice;
   const float* by = input<float>(call.by);
-  std::uint8_t* forward = output<std::uint8_t>(call.forward, first * inputs);
-  for (Count group = 0; group < kSlice; group += kQuad) {
-    std::int8_t* four = output<std::int8_t>(call.scratch, item * kQuad * inputs);
-    for (Count r = 0; r < kQuad; ++r) {
-      const Count o = first + group + r;
-      std::int8_t* codes = four + r * inputs;
-      *output<float>(call.scales, o) = round_row(input<float>(call.weight, o * call.stride), by, inputs, false, codes);
-      for (Count i = 0; i < inputs; i += kQuad) {
-        std::uint32_t word;
-        std::memcpy(&word, codes + i, sizeof word);
-        word ^= 0x80808080u;
-        std::memcpy(forward + i / kQuad * kLine + (group + r) * kQuad, &word, sizeof word);
-      }
+  std::uint8_t* panel = output<std::uint8_t>(call.panels, first * inputs);
+  std::int8_t* codes = output<std::int8_t>(call.scratch, first / kSlice * inputs);
+  for (Count r = 0; r < kSlice; ++r) {
+    const Count o = first + r;
+    *output<float>(call.scales, o) = round_row(input<float>(call.weight, o * call.stride), by, inputs, false, codes);
+    for (Count i = 0; i < inputs; i += kQuad) {
+      std::uint32_t word;
+      std::memcpy(&word, codes + i, sizeof word);
+      word ^= 0x80808080u;
+      std::memcpy(panel + i / kQuad * kLine + r * kQuad, &word, sizeof word);
     }
-    if (!call.backward) continue;
-    for (Count i = 0; i < inputs; i += kSlice)
-      interleave_quad(four + i, inputs, 128,
-                      output<std::uint8_t>(call.backward, i * call.outputs + (first + group) * kSlice));
   }
 }
 
@@ -192,7 +185,7 @@ void int8_turned(const Int8Turned& call, Count item) {
         totals[v] += codes;
         store(four + r * kSlice + v * W, codes);
       }
-    interleave_quad(four, kSlice, 0, to + t * kSlice);
+    interleave_quad(four, kSlice, call.weights ? 128 : 0, to + t * kSlice);
   }
   for (Count v = 0; v < kVectors; ++v) std::memcpy(sums + v * W, &totals[v], sizeof totals[v]);
 }

@@ -88,20 +88,20 @@ struct Int8Rows {
   Address sums = 0;            // int32 (rows): of a row's codes
 };
 
-// Weights times `by`, rounded with a scale for each output, in panels for x W^T and, if wanted, for gradients times W.
+// Weights times `by`, rounded with a scale for each output, in panels for x W^T.
 struct Int8Weights {
   std::int64_t outputs = 0, inputs = 0, stride = 0;
   Address weight = 0;          // fp32 (outputs, inputs), rows `stride` apart
   Address by = 0;              // fp32 (inputs)
   Address scales = 0;          // fp32 (outputs)
-  Address forward = 0;         // uint8: panels of outputs over inputs
-  Address backward = 0;        // uint8: panels of inputs over outputs, or none
-  Address scratch = 0;         // int8 (outputs / 8, inputs)
+  Address panels = 0;          // uint8: panels of outputs over inputs
+  Address scratch = 0;         // int8 (outputs / 32, inputs)
 };
 
 // Rows in panels: of codes, off by 128; else of x * by (by of each row), rounded with a scale for each column.
 struct Int8Turned {
   std::int64_t rows = 0, columns = 0, stride = 0;
+  bool weights = false;        // rounded ones are off by 128, too
   Address codes = 0;           // int8 (rows, columns), or none
   Address input = 0;           // fp32 (rows, columns)
   Address by = 0;              // fp32 (rows)

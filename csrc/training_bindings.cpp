@@ -137,13 +137,13 @@ void bind_training(nb::module_& m, const mar::Training* table) {
     using Call = mar::Int8Weights;
     nb::class_<Call>(m, "Int8Weights").def(nb::init<>())
         .MAR_FIELD(outputs).MAR_FIELD(inputs).MAR_FIELD(stride).MAR_FIELD(weight).MAR_FIELD(by).MAR_FIELD(scales)
-        .MAR_FIELD(forward).MAR_FIELD(backward).MAR_FIELD(scratch);
+        .MAR_FIELD(panels).MAR_FIELD(scratch);
   }
   {
     using Call = mar::Int8Turned;
     nb::class_<Call>(m, "Int8Turned").def(nb::init<>())
-        .MAR_FIELD(rows).MAR_FIELD(columns).MAR_FIELD(stride).MAR_FIELD(codes).MAR_FIELD(input).MAR_FIELD(by)
-        .MAR_FIELD(scales).MAR_FIELD(sums).MAR_FIELD(panels);
+        .MAR_FIELD(rows).MAR_FIELD(columns).MAR_FIELD(stride).MAR_FIELD(weights).MAR_FIELD(codes).MAR_FIELD(input)
+        .MAR_FIELD(by).MAR_FIELD(scales).MAR_FIELD(sums).MAR_FIELD(panels);
   }
   {
     using Call = mar::Int8Product;

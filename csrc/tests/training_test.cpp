@@ -1,5 +1,6 @@
 // Each training kernel of a variant against a plain loop in double precision, at sizes that fill no vector, segment or
-// chunk. Gradients are held to their definition: what the loss changes by when an input moves a little.
+// chunk. Gradients are held to their definition: what the loss changes by when an input moves a little. int8 products
+// are held to the last bit.
 #include <algorithm>
 #include <functional>
 #include <memory>
@@ -316,10 +317,224 @@ void scan(const mar::Training& table, const Sizes& shape, bool whole, bool bf16,
   check_close(added_up(dskip, truth.heads), slopes(truth.skip, loss), limit);
 }
 
+template <class T>
+mar::Address at(const std::vector<T>& values) {
+  return values.empty() ? 0 : reinterpret_cast<mar::Address>(values.data());
+}
+
+// (rows, columns) with rows `stride` apart, in memory that ends with the last number; every size of float is among them.
+std::vector<float> strided(std::int64_t rows, std::int64_t columns, std::int64_t stride) {
+  auto values = normals((rows - 1) * stride + columns);
+  for (float& one : values) one *= std::exp2(static_cast<float>(integer(-3, 3)));
+  return values;
+}
+
+// As kernels round: by the scale's reciprocal, halves to even.
+int code(float value, float scale) {
+  return scale > 0 ? static_cast<int>(std::nearbyint(std::clamp(value * (1.0f / scale), -127.0f, 127.0f))) : 0;
+}
+
+// Where byte (k, n) of a panelled matrix of `inner` rows lies: 32 columns a panel, four rows side by side.
+std::size_t place(std::int64_t k, std::int64_t n, std::int64_t inner) {
+  return n / 32 * 32 * inner + k / 4 * 128 + n % 32 * 4 + k % 4;
+}
+
+std::uint8_t lifted(int code) { return static_cast<std::uint8_t>(code + 128); }
+
+void int8_rows(const mar::Training& table, std::int64_t rows, std::int64_t columns, std::int64_t stride) {
+  auto x = strided(rows, columns, stride);
+  const bool zeros = integer(0, 1);
+  if (zeros) std::fill_n(x.begin() + static_cast<std::ptrdiff_t>((rows - 1) * stride), columns, 0.0f);
+  std::vector<float> by;
+  for (std::int64_t j = 0; j < columns; ++j) by.push_back(std::exp2(static_cast<float>(integer(-3, 3))) * 1.1f);
+  std::vector<std::int8_t> codes(rows * columns);
+  std::vector<float> scales(rows, NAN), maxima(columns, NAN);
+  std::vector<std::int32_t> sums(rows);
+  mar::Int8Rows call;
+  call.rows = rows, call.columns = columns, call.stride = stride;
+  call.input = at(x), call.scales = at(maxima);
+  for (std::int64_t item = 0; item < columns / 32; ++item) table.int8_maxima(call, item);
+  for (std::int64_t j = 0; j < columns; ++j) {
+    float most = 0;
+    for (std::int64_t i = 0; i < rows; ++i) most = std::max(most, std::fabs(x[i * stride + j]));
+    CHECK(maxima[j] == most);
+  }
+  call.by = at(by), call.codes = at(codes), call.scales = at(scales), call.sums = at(sums);
+  for (std::int64_t item = 0; item < table.int8_row_items(call); ++item) table.int8_rows(call, item);
+  for (std::int64_t i = 0; i < rows; ++i) {
+    float most = 0;
+    std::int32_t sum = 0;
+    for (std::int64_t j = 0; j < columns; ++j) most = std::max(most, std::fabs(x[i * stride + j] * by[j]));
+    CHECK(scales[i] == most / 127.0f);
+    for (std::int64_t j = 0; j < columns; ++j) {
+      CHECK(codes[i * columns + j] == code(x[i * stride + j] * by[j], scales[i]));
+      sum += codes[i * columns + j];
+    }
+    CHECK(sums[i] == sum);
+  }
+  // Whole numbers keep their value, whatever the largest of a row is.
+  for (std::size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(integer(-100, 100));
+  std::fill(by.begin(), by.end(), 1.0f);
+  call.whole = true;
+  for (std::int64_t item = 0; item < table.int8_row_items(call); ++item) table.int8_rows(call, item);
+  for (std::int64_t i = 0; i < rows; ++i) {
+    CHECK(scales[i] == 1.0f);
+    for (std::int64_t j = 0; j < columns; ++j) CHECK(codes[i * columns + j] == x[i * stride + j]);
+  }
+  // What is not finite shows in the scales of its row and nowhere else.
+  for (const float bad : {NAN, INFINITY, -INFINITY}) {
+    const std::int64_t row = integer(0, static_cast<int>(rows) - 1);
+    const std::int64_t column = integer(0, static_cast<int>(columns) - 1);
+    const float was = std::exchange(x[row * stride + column], bad);
+    for (const bool whole : {false, true}) {
+      call.whole = whole, call.scales = at(scales);
+      for (std::int64_t item = 0; item < table.int8_row_items(call); ++item) table.int8_rows(call, item);
+      for (std::int64_t i = 0; i < rows; ++i) CHECK(std::isnan(scales[i]) == (i == row));
+    }
+    call.scales = at(maxima);
+    for (std::int64_t item = 0; item < columns / 32; ++item) table.int8_maxima(call, item);
+    for (std::int64_t j = 0; j < columns; ++j) CHECK(std::isfinite(maxima[j]) == (j != column));
+    x[row * stride + column] = was;
+  }
+}
+
+void int8_weights(const mar::Training& table, const Sizes& shape, std::int64_t stride) {
+  const std::int64_t outputs = shape[0], inputs = shape[1];
+  auto weight = strided(outputs, inputs, stride);
+  std::fill_n(weight.begin() + static_cast<std::ptrdiff_t>(stride), inputs, 0.0f);
+  std::vector<float> by;
+  for (std::int64_t j = 0; j < inputs; ++j) by.push_back(std::exp(normal()));
+  std::vector<float> scales(outputs, NAN);
+  std::vector<std::uint8_t> panels(outputs * inputs);
+  std::vector<std::int8_t> scratch(outputs / 32 * inputs);
+  mar::Int8Weights call;
+  call.outputs = outputs, call.inputs = inputs, call.stride = stride, call.weight = at(weight), call.by = at(by);
+  call.scales = at(scales), call.panels = at(panels), call.scratch = at(scratch);
+  for (std::int64_t item = 0; item < outputs / 32; ++item) table.int8_weights(call, item);
+  for (std::int64_t o = 0; o < outputs; ++o) {
+    float most = 0;
+    for (std::int64_t i = 0; i < inputs; ++i) most = std::max(most, std::fabs(weight[o * stride + i] * by[i]));
+    CHECK(scales[o] == most / 127.0f);
+    for (std::int64_t i = 0; i < inputs; ++i)
+      CHECK(panels[place(i, o, inputs)] == lifted(code(weight[o * stride + i] * by[i], scales[o])));
+  }
+}
+
+void int8_turned(const mar::Training& table, const Sizes& shape, std::int64_t stride, bool weights) {
+  const std::int64_t rows = shape[0], columns = shape[1];
+  std::vector<std::uint8_t> panels(rows * columns);
+  mar::Int8Turned call;
+  call.rows = rows, call.columns = columns, call.stride = stride, call.weights = weights, call.panels = at(panels);
+  const auto given = codes(static_cast<int>((rows - 1) * stride + columns), -127, 127, 0.8);
+  call.codes = at(given);
+  for (std::int64_t item = 0; item < columns / 32; ++item) table.int8_turned(call, item);
+  for (std::int64_t t = 0; t < rows; ++t)
+    for (std::int64_t j = 0; j < columns; ++j) CHECK(panels[place(t, j, rows)] == lifted(given[t * stride + j]));
+
+  auto x = strided(rows, columns, stride);
+  for (std::int64_t t = 0; t < rows; ++t) x[t * stride + columns / 2] = 0;
+  std::vector<float> by;
+  for (std::int64_t t = 0; t < rows; ++t) by.push_back(t % 7 == 3 ? 0.0f : std::exp(normal()));
+  std::vector<float> scales(columns, NAN);
+  std::vector<std::int32_t> sums(columns);
+  call.codes = 0, call.input = at(x), call.by = at(by), call.scales = at(scales), call.sums = at(sums);
+  for (std::int64_t item = 0; item < columns / 32; ++item) table.int8_turned(call, item);
+  for (std::int64_t j = 0; j < columns; ++j) {
+    float most = 0;
+    std::int32_t sum = 0;
+    for (std::int64_t t = 0; t < rows; ++t) most = std::max(most, std::fabs(x[t * stride + j] * by[t]));
+    CHECK(scales[j] == most / 127.0f);
+    for (std::int64_t t = 0; t < rows; ++t) {
+      const int wanted = code(x[t * stride + j] * by[t], scales[j]);
+      const std::uint8_t found = panels[place(t, j, rows)];
+      CHECK(weights ? found == lifted(wanted) : static_cast<std::int8_t>(found) == wanted);
+      sum += wanted;
+    }
+    CHECK(sums[j] == sum);
+  }
+  // What is not finite shows in its column, and in what that one is multiplied with.
+  std::vector<std::uint8_t> others(32 * rows, lifted(1));
+  const std::vector<float> ones(32, 1.0f);
+  std::vector<float> out(columns * 32, NAN);
+  mar::Int8Product product;
+  product.rows = columns, product.columns = product.stride = 32, product.inner = rows, product.turned = true;
+  product.codes = at(panels), product.scales = at(scales), product.sums = at(sums), product.panels = at(others);
+  product.column_scales = at(ones), product.out = at(out);
+  for (const float bad : {NAN, INFINITY, -INFINITY}) {
+    const std::int64_t row = integer(0, static_cast<int>(rows) - 1);
+    const std::int64_t column = integer(0, static_cast<int>(columns) - 1);
+    const float was = std::exchange(x[row * stride + column], bad);
+    for (std::int64_t item = 0; item < columns / 32; ++item) table.int8_turned(call, item);
+    for (std::int64_t item = 0; item < table.int8_product_items(product); ++item) table.int8_product(product, item);
+    for (std::int64_t j = 0; j < columns; ++j) {
+      CHECK(std::isfinite(scales[j]) == (j != column));
+      for (std::int64_t n = 0; n < 32; ++n) CHECK(std::isfinite(out[j * 32 + n]) == (j != column));
+    }
+    x[row * stride + column] = was;
+  }
+}
+
+void int8_product(const mar::Training& table, const Sizes& shape, bool turned) {
+  const std::int64_t rows = shape[0], columns = shape[1], inner = shape[2];
+  // Codes at both ends of what there is are among them, so that all sums are as large as they get.
+  auto left = codes(static_cast<int>(rows * inner), -127, 127, 0.9);
+  auto right = codes(static_cast<int>(inner * columns), -127, 127, 0.9);
+  std::fill_n(left.begin(), inner, 127);
+  for (std::int64_t k = 0; k < inner; ++k) right[k * columns] = 127, right[k * columns + 1] = -127;
+  const auto scales = normals(rows), column_scales = normals(columns);
+  std::vector<std::int32_t> sums(rows);
+  std::vector<std::int8_t> laid(left.size());
+  for (std::int64_t m = 0; m < rows; ++m)
+    for (std::int64_t k = 0; k < inner; ++k) {
+      sums[m] += left[m * inner + k];
+      laid[turned ? place(k, m, inner) : m * inner + k] = left[m * inner + k];
+    }
+  std::vector<std::uint8_t> panels(right.size());
+  for (std::int64_t k = 0; k < inner; ++k)
+    for (std::int64_t n = 0; n < columns; ++n) panels[place(k, n, inner)] = lifted(right[k * columns + n]);
+  const std::int64_t stride = columns + 3;
+  std::vector<float> out((rows - 1) * stride + columns, -1.5f);
+  mar::Int8Product call;
+  call.rows = rows, call.columns = columns, call.inner = inner, call.stride = stride, call.turned = turned;
+  call.codes = at(laid), call.scales = at(scales), call.sums = at(sums), call.panels = at(panels);
+  call.column_scales = at(column_scales), call.out = at(out);
+  for (std::int64_t item = 0; item < table.int8_product_items(call); ++item) table.int8_product(call, item);
+  for (std::int64_t m = 0; m < rows; ++m)
+    for (std::int64_t n = 0; n < stride && m * stride + n < static_cast<std::int64_t>(out.size()); ++n) {
+      if (n >= columns) {
+        CHECK(out[m * stride + n] == -1.5f);  // between rows nothing is written
+        continue;
+      }
+      std::int32_t sum = 0;
+      for (std::int64_t k = 0; k < inner; ++k) sum += left[m * inner + k] * right[k * columns + n];
+      CHECK(out[m * stride + n] == static_cast<float>(sum) * (column_scales[n] * scales[m]));
+    }
+}
+
+void int8(const mar::Training& table) {
+  for (std::int64_t columns : {32, 64, 96})
+    for (std::int64_t stride : {columns, columns + 5}) {
+      for (std::int64_t rows : {1, 2, 15, 16, 17, 33}) int8_rows(table, rows, columns, stride);
+      for (std::int64_t rows : {4, 36, 96})
+        for (bool weights : {false, true}) int8_turned(table, {rows, columns}, stride, weights);
+      for (std::int64_t outputs : {32, 64, 96}) int8_weights(table, {outputs, columns}, stride);
+    }
+  for (std::int64_t inner : {4, 36, 96}) {
+    for (std::int64_t rows = 1; rows <= 40; ++rows) int8_product(table, {rows, 32, inner}, false);
+    for (std::int64_t columns : {64, 96}) {
+      int8_product(table, {13, columns, inner}, false);
+      int8_product(table, {300, columns, inner}, false);
+    }
+    for (std::int64_t rows : {32, 64, 96, 288})
+      for (std::int64_t columns : {32, 96}) int8_product(table, {rows, columns, inner}, true);
+  }
+}
+
 }  // namespace
 
 void test_training(const mar::Variant& variant) {
   const mar::Training& table = *variant.training;
+  int8(table);
   for (bool bf16 : {false, true}) {
     for (std::int64_t taps : {1, 2, 3, 4})
       for (std::int64_t length : {1, 2, 7, 8, 9, 33})

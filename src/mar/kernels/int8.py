@@ -25,7 +25,8 @@ SPIKES = "_mar_spikes"
 
 LARGEST = 127
 TINY = 1e-5
-"""Least size that counts where scales are formed."""
+TINIEST = 1e-30
+"""Least size of an input, and of a gradient, that counts where scales are formed."""
 
 QUAD = 4
 """Tokens come in so many, as the gradient of W sums over them."""
@@ -126,6 +127,17 @@ def _rounded(rows: Tensor, by: Tensor, whole: bool) -> tuple[Tensor, Tensor, Ten
     return codes, scales, sums
 
 
+def _turned(rows: Tensor, by: Tensor, weights: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes of each column of rows * by, by of each row, in panels, off by 128 if `weights`; their scales and sums."""
+    count, columns = rows.shape
+    panels = torch.empty(count * columns, dtype=torch.uint8)
+    scales, sums = torch.empty(columns), torch.empty(columns, dtype=torch.int32)
+    call = Call("Int8Turned", rows=count, columns=columns, stride=rows.stride(0), weights=weights)
+    call.set(input=rows, by=by, scales=scales, sums=sums, panels=panels)
+    call.run("int8_turned")
+    return panels, scales, sums
+
+
 def _product(
     codes: Tensor,
     scales: Tensor,
@@ -148,7 +160,7 @@ class Head:
 
     def __init__(self, weight: Float[Tensor, "words d"], hidden: Float[Tensor, "n d"]) -> None:
         channel = _channels(hidden.contiguous(), None)
-        self.weight = _Weight(weight, channel, turned=False)
+        self.weight = _Weight(weight, channel)
         self.inverse = channel.reciprocal()
 
     def logits(self, hidden: Float[Tensor, "n d"], out: Float[Tensor, "n words"]) -> None:
@@ -162,16 +174,15 @@ def head(weight: Float[Tensor, "words d"], hidden: Float[Tensor, "n d"]) -> Head
 
 
 class _Weight:
-    """A weight times `by` in int8, for x W^T; turned: for gradients times W, too."""
+    """A weight times `by` in int8, for x W^T."""
 
-    def __init__(self, weight: Tensor, by: Tensor, turned: bool) -> None:
+    def __init__(self, weight: Tensor, by: Tensor) -> None:
         outputs, inputs = weight.shape
         self.scales = torch.empty(outputs)
         self.panels = torch.empty(outputs * inputs, dtype=torch.uint8)
-        self.turned = torch.empty_like(self.panels) if turned else None
         call = Call("Int8Weights", outputs=outputs, inputs=inputs, stride=weight.stride(0), weight=weight, by=by)
-        call.set(scales=self.scales, forward=self.panels, backward=self.turned)
-        call.set(scratch=torch.empty(outputs // 8 * inputs, dtype=torch.int8))
+        call.set(scales=self.scales, panels=self.panels)
+        call.set(scratch=torch.empty(outputs // WIDTH * inputs, dtype=torch.int8))
         call.run("int8_weights")
 
 
@@ -182,10 +193,9 @@ class _Int8Linear(torch.autograd.Function):
         rows = x.reshape(-1, inputs)
         rows = rows if rows.stride(1) == 1 else rows.contiguous()
         channel = _channels(rows, spikes)
-        inverse = channel.reciprocal()
-        codes, scales, sums = _rounded(rows, inverse, whole=spikes is not None)
-        packed = _Weight(weight, channel, turned=ctx.needs_input_grad[0])
-        ctx.save_for_backward(codes, scales, channel, inverse, packed.scales, packed.turned)
+        codes, scales, sums = _rounded(rows, channel.reciprocal(), whole=spikes is not None)
+        packed = _Weight(weight, channel)
+        ctx.save_for_backward(codes, scales, channel, weight)
         y = torch.empty(len(rows), outputs)
         _product(codes, scales, sums, packed.panels, packed.scales, y)
         return y.view(*x.shape[:-1], outputs)
@@ -193,24 +203,26 @@ class _Int8Linear(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        codes, scales, channel, inverse, weight_scales, panels = ctx.saved_tensors
-        (tokens, inputs), outputs = codes.shape, len(weight_scales)
+        codes, scales, channel, weight = ctx.saved_tensors
+        (tokens, inputs), outputs = codes.shape, len(weight)
         gradient = grads[0].reshape(tokens, outputs)
         gradient = gradient if gradient.stride(1) == 1 else gradient.contiguous()
         needs_x, needs_weight, _ = ctx.needs_input_grad
         dx = dweight = None
         if needs_x:
+            # Rounded anew, and not as forward: a column of W that large inputs made large would leave few levels to all
+            # others. Large outputs of the gradient hand over half of their size, as inputs do forward.
+            sizes = _maxima(gradient).clamp_(min=TINIEST).sqrt_()
+            panels, column_scales, _ = _turned(weight, sizes, weights=True)
             dx = torch.empty(tokens, inputs)
-            _product(*_rounded(gradient, weight_scales, whole=False), panels, inverse, dx)
+            _product(*_rounded(gradient, sizes.reciprocal(), whole=False), panels, column_scales, dx)
             dx = dx.view(*grads[0].shape[:-1], inputs)
         if needs_weight:
             # The sum runs over tokens, so their scales go into the gradient before it is rounded.
-            turned = torch.empty(outputs * tokens, dtype=torch.int8)
-            row_scales, sums = torch.empty(outputs), torch.empty(outputs, dtype=torch.int32)
-            call = Call("Int8Turned", rows=tokens, columns=outputs, stride=gradient.stride(0), input=gradient)
-            call.set(by=scales, scales=row_scales, sums=sums, panels=turned)
-            call.run("int8_turned")
-            panel = torch.empty(inputs * tokens, dtype=torch.uint8)
-            Call("Int8Turned", rows=tokens, columns=inputs, stride=inputs, codes=codes, panels=panel).run("int8_turned")
-            dweight = _product(turned, row_scales, sums, panel, channel, torch.empty(outputs, inputs), turned=True)
+            turned, row_scales, sums = _turned(gradient, scales, weights=False)
+            panels = torch.empty(inputs * tokens, dtype=torch.uint8)
+            Call("Int8Turned", rows=tokens, columns=inputs, stride=inputs, codes=codes, panels=panels).run(
+                "int8_turned"
+            )
+            dweight = _product(turned, row_scales, sums, panels, channel, torch.empty(outputs, inputs), turned=True)
         return dx, dweight, None
