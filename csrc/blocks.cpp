@@ -80,7 +80,7 @@ void block_bf16(Block block, int inputs, const float* values, int tokens, float*
       float* to = out + start * out_stride + s * kSlice;
       const int tokens = count;
 #define MAR_CALL(M) tile_bf16<M>(narrow + m * stride, stride, weights, pairs, to + m * out_stride, out_stride)
-      MAR_TILES(6, MAR_CALL)
+      MAR_TILES(6, 2, MAR_CALL)
 #undef MAR_CALL
     }
   }
@@ -154,22 +154,6 @@ inline void tile_i8(const std::int8_t* codes, std::size_t stride, const std::uin
   }
 }
 
-// Calls tile<M> over `tokens` rows, the widest tile first.
-#define MAR_HALF_TILES(widest, call) \
-  for (int m = 0; m < tokens;) {     \
-    const int left = tokens - m;     \
-    if (left >= widest) {            \
-      call(widest);                  \
-      m += widest;                   \
-    } else if (left >= 4) {          \
-      call(4);                       \
-      m += 4;                        \
-    } else {                         \
-      call(1);                       \
-      m += 1;                        \
-    }                                \
-  }
-
 }  // namespace
 
 void block_i8(Block block, int inputs, const float* scales, const std::int8_t* codes, const std::int32_t* sums,
@@ -189,7 +173,7 @@ void block_i8(Block block, int inputs, const float* scales, const std::int8_t* c
 #define MAR_CALL(M)                                                                                                \
   tile_i8<M>(codes + static_cast<std::size_t>(m) * inputs, inputs, weights, quads, scales + column, sums + m,      \
              token_scales ? token_scales + m : nullptr, out + m * out_stride + column, out_stride)
-      MAR_HALF_TILES(12, MAR_CALL)
+      MAR_TILES(12, 4, MAR_CALL)
 #undef MAR_CALL
     }
   }
@@ -252,7 +236,7 @@ void block_i4(Block block, int inputs, const std::uint16_t* scales, std::size_t 
   tile_i4<M>(codes + static_cast<std::size_t>(m) * inputs, inputs, weights, quads, floats + column,              \
              sums + static_cast<std::size_t>(m) * groups, groups, token_scales ? token_scales + m : nullptr,     \
              out + m * out_stride + s * kSlice + column, out_stride)
-      MAR_HALF_TILES(6, MAR_CALL)
+      MAR_TILES(6, 4, MAR_CALL)
 #undef MAR_CALL
     }
   }

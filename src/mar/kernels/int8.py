@@ -127,6 +127,16 @@ def _rounded(rows: Tensor, by: Tensor, whole: bool) -> tuple[Tensor, Tensor, Ten
     return codes, scales, sums
 
 
+def _weights(weight: Tensor, by: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes of each output of weight * by in panels, for x W^T, and their scales."""
+    outputs, inputs = weight.shape
+    panels, scales = torch.empty(outputs * inputs, dtype=torch.uint8), torch.empty(outputs)
+    call = Call("Int8Weights", outputs=outputs, inputs=inputs, stride=weight.stride(0), weight=weight, by=by)
+    call.set(scales=scales, panels=panels, scratch=torch.empty(outputs // WIDTH * inputs, dtype=torch.int8))
+    call.run("int8_weights")
+    return panels, scales
+
+
 def _turned(rows: Tensor, by: Tensor, weights: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Codes of each column of rows * by, by of each row, in panels, off by 128 if `weights`; their scales and sums."""
     count, columns = rows.shape
@@ -160,30 +170,17 @@ class Head:
 
     def __init__(self, weight: Float[Tensor, "words d"], hidden: Float[Tensor, "n d"]) -> None:
         channel = _channels(hidden.contiguous(), None)
-        self.weight = _Weight(weight, channel)
+        self.weight = _weights(weight, channel)
         self.inverse = channel.reciprocal()
 
     def logits(self, hidden: Float[Tensor, "n d"], out: Float[Tensor, "n words"]) -> None:
         """Of some of the hidden states, into `out`."""
-        _product(*_rounded(hidden.contiguous(), self.inverse, whole=False), self.weight.panels, self.weight.scales, out)
+        _product(*_rounded(hidden.contiguous(), self.inverse, whole=False), *self.weight, out)
 
 
 def head(weight: Float[Tensor, "words d"], hidden: Float[Tensor, "n d"]) -> Head | None:
     """The head in int8, if `Int8Products` is entered and it can be."""
     return Head(weight.detach(), hidden.detach()) if _entered and takes(hidden, weight) else None
-
-
-class _Weight:
-    """A weight times `by` in int8, for x W^T."""
-
-    def __init__(self, weight: Tensor, by: Tensor) -> None:
-        outputs, inputs = weight.shape
-        self.scales = torch.empty(outputs)
-        self.panels = torch.empty(outputs * inputs, dtype=torch.uint8)
-        call = Call("Int8Weights", outputs=outputs, inputs=inputs, stride=weight.stride(0), weight=weight, by=by)
-        call.set(scales=self.scales, panels=self.panels)
-        call.set(scratch=torch.empty(outputs // WIDTH * inputs, dtype=torch.int8))
-        call.run("int8_weights")
 
 
 class _Int8Linear(torch.autograd.Function):
@@ -194,10 +191,8 @@ class _Int8Linear(torch.autograd.Function):
         rows = rows if rows.stride(1) == 1 else rows.contiguous()
         channel = _channels(rows, spikes)
         codes, scales, sums = _rounded(rows, channel.reciprocal(), whole=spikes is not None)
-        packed = _Weight(weight, channel)
         ctx.save_for_backward(codes, scales, channel, weight)
-        y = torch.empty(len(rows), outputs)
-        _product(codes, scales, sums, packed.panels, packed.scales, y)
+        y = _product(codes, scales, sums, *_weights(weight, channel), torch.empty(len(rows), outputs))
         return y.view(*x.shape[:-1], outputs)
 
     @staticmethod
@@ -214,8 +209,8 @@ class _Int8Linear(torch.autograd.Function):
             # others. Large outputs of the gradient hand over half of their size, as inputs do forward.
             sizes = _maxima(gradient).clamp_(min=TINIEST).sqrt_()
             panels, column_scales, _ = _turned(weight, sizes, weights=True)
-            dx = torch.empty(tokens, inputs)
-            _product(*_rounded(gradient, sizes.reciprocal(), whole=False), panels, column_scales, dx)
+            rounded = _rounded(gradient, sizes.reciprocal(), whole=False)
+            dx = _product(*rounded, panels, column_scales, torch.empty(tokens, inputs))
             dx = dx.view(*grads[0].shape[:-1], inputs)
         if needs_weight:
             # The sum runs over tokens, so their scales go into the gradient before it is rounded.
