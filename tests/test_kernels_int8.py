@@ -106,7 +106,7 @@ def test_inputs_of_very_different_sizes_are_near(tokens, inputs, outputs):
     assert_near(products(x, weight, gradient), exact(x, weight, gradient))
 
 
-def test_one_huge_input_costs_the_others_little():
+def test_one_huge_input_costs_the_rest_little():
     """Without smoothing its column would leave the others of a token four levels."""
     x, weight, gradient = torch.randn(256, 128), torch.randn(64, 128), torch.randn(256, 64)
     x[:, 5] *= 100
@@ -194,7 +194,7 @@ def test_spikes_are_not_rounded(kind, threshold, steps):
     assert rms_ratio(found[2], exact(x, weight, gradient)[2]) < 0.03
 
 
-def test_one_huge_input_costs_the_gradients_of_others_little():
+def test_one_huge_input_costs_the_gradients_of_the_rest_little():
     """Rounded as forward, W would leave them few levels: its columns are scaled by the inputs' sizes there."""
     x, weight, gradient = torch.randn(256, 128), torch.randn(64, 128), torch.randn(256, 64)
     x[:, 5] *= 1e4
@@ -317,6 +317,12 @@ def test_tensors_must_be_on_one_device_and_of_one_type():
     assert not int8.takes(x.bfloat16(), weight)
     # The core would follow its address, which is 0.
     assert not int8.takes(x, torch.randn(32, 32, device="meta"))
+
+
+def test_sums_that_32_bits_may_not_hold_stay_with_torch():
+    weight = torch.randn(32, 32)
+    assert int8.takes(torch.empty(2**16, 32), weight)
+    assert not int8.takes(torch.empty(2**16 + 4, 32), weight)
 
 
 def test_shapes_that_do_not_fit_are_refused_by_torch():
@@ -459,7 +465,7 @@ def test_kl_of_int8_heads_is_near():
 
 
 @pytest.mark.parametrize("why", ["vocabulary", "tokens"])
-def test_kl_of_other_heads_is_bit_for_bit_what_it_was(why):
+def test_kl_of_heads_that_stay_is_bit_for_bit_what_it_was(why):
     words = 161 if why == "vocabulary" else 160
     tensors = [torch.randn(68, 64), torch.randn(words, 64) / 4, torch.randn(68, 64), torch.randn(words, 64) / 4]
     kept = None if why == "vocabulary" else torch.arange(68) != 3

@@ -28,6 +28,9 @@ TINY = 1e-5
 TINIEST = 1e-30
 """Least size of an input, and of a gradient, that counts where scales are formed."""
 
+LONGEST = 2**16
+"""The most numbers that a product sums over: so many of 255 times 127 fit 32 bits."""
+
 QUAD = 4
 """Tokens come in so many, as the gradient of W sums over them."""
 
@@ -79,6 +82,7 @@ def takes(x: Tensor, weight: Tensor) -> bool:
         and all(size % WIDTH == 0 for size in weight.shape)
         and x.numel() * weight.numel() > 0
         and x.numel() // x.shape[-1] % QUAD == 0
+        and max(x.numel() // x.shape[-1], *weight.shape) <= LONGEST
     )
 
 
