@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from mar.kernels.native import Call, core
+from mar.kernels.native import Call, core, dense_rows
 
 WIDTH = 32
 """Inputs and outputs come in so many."""
@@ -173,13 +173,13 @@ class Head:
     """The logits of an output head in int8, for hidden states of which all are known beforehand."""
 
     def __init__(self, weight: Float[Tensor, "words d"], hidden: Float[Tensor, "n d"]) -> None:
-        channel = _channels(hidden.contiguous(), None)
+        channel = _channels(dense_rows(hidden), None)
         self.weight = _weights(weight, channel)
         self.inverse = channel.reciprocal()
 
     def logits(self, hidden: Float[Tensor, "n d"], out: Float[Tensor, "n words"]) -> None:
         """Of some of the hidden states, into `out`."""
-        _product(*_rounded(hidden.contiguous(), self.inverse, whole=False), *self.weight, out)
+        _product(*_rounded(dense_rows(hidden), self.inverse, whole=False), *self.weight, out)
 
 
 def head(weight: Float[Tensor, "words d"], hidden: Float[Tensor, "n d"]) -> Head | None:
@@ -191,8 +191,7 @@ class _Int8Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, spikes: tuple[Tensor, int] | None) -> Tensor:
         outputs, inputs = weight.shape
-        rows = x.reshape(-1, inputs)
-        rows = rows if rows.stride(1) == 1 else rows.contiguous()
+        rows = dense_rows(x.reshape(-1, inputs))
         channel = _channels(rows, spikes)
         codes, scales, sums = _rounded(rows, channel.reciprocal(), whole=spikes is not None)
         ctx.save_for_backward(codes, scales, channel, weight)
@@ -204,8 +203,7 @@ class _Int8Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         codes, scales, channel, weight = ctx.saved_tensors
         (tokens, inputs), outputs = codes.shape, len(weight)
-        gradient = grads[0].reshape(tokens, outputs)
-        gradient = gradient if gradient.stride(1) == 1 else gradient.contiguous()
+        gradient = dense_rows(grads[0].reshape(tokens, outputs))
         needs_x, needs_weight, _ = ctx.needs_input_grad
         dx = dweight = None
         if needs_x:

@@ -154,7 +154,7 @@ def _ids(document_ids: Tensor | None) -> Tensor | None:
     return None if document_ids is None else document_ids.to(torch.int64).contiguous()
 
 
-def _rows(tensor: Tensor) -> Tensor:
+def dense_rows(tensor: Tensor) -> Tensor:
     """The tensor itself if its last dimension is contiguous, else a copy."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
@@ -218,7 +218,7 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, log_decay, b, c, state, document_ids, keep):
         ctx.dtypes = [t.dtype for t in (log_decay, b, c)]
-        x, b, c = _rows(x), _rows(b.to(x.dtype)), _rows(c.to(x.dtype))
+        x, b, c = dense_rows(x), dense_rows(b.to(x.dtype)), dense_rows(c.to(x.dtype))
         scan = _Scan._describe(x, log_decay, b, c, state, document_ids)
         y, last = x.new_empty(x.shape), _state(scan.call)
         states = _states(scan.call) if keep else None
@@ -234,7 +234,7 @@ class _Scan(torch.autograd.Function):
         *inputs, states = ctx.saved_tensors
         x, log_decay, b, c, state, _ = inputs
         scan = _Scan._describe(*inputs)
-        dy = x.new_zeros(x.shape) if dy is None else _rows(dy)
+        dy = x.new_zeros(x.shape) if dy is None else dense_rows(dy)
         dx, db, dc = x.new_empty(x.shape), b.new_empty(b.shape), c.new_empty(c.shape)
         dlog_decay = _fp32(*log_decay.shape)
         dstate = None if state is None else _state(scan.call)
@@ -266,7 +266,7 @@ def _conv_gradients(conv: Call, dy: Tensor, dx: Tensor, dpast: Tensor | None) ->
 class _Conv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, past, document_ids):
-        x = _rows(x)
+        x = dense_rows(x)
         conv, y = _conv_call(x, weight, bias, past, document_ids), x.new_empty(x.shape)
         conv.set(y=_view(y))
         conv.run("conv_forward")
@@ -279,7 +279,7 @@ class _Conv(torch.autograd.Function):
         x, weight, bias, past, _ = ctx.saved_tensors
         dx = x.new_empty(x.shape)
         dpast = _fp32(*past.shape) if ctx.needs_input_grad[3] else None
-        dweight, dbias = _conv_gradients(_conv_call(*ctx.saved_tensors), _rows(dy), dx, dpast)
+        dweight, dbias = _conv_gradients(_conv_call(*ctx.saved_tensors), dense_rows(dy), dx, dpast)
         return dx, dweight.to(weight.dtype), dbias.to(bias.dtype), _like(dpast, past), None
 
 
@@ -303,7 +303,7 @@ class _Mixer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
         *inputs, gain, unit, keep = arguments
-        inputs[0] = projected = _rows(inputs[0])
+        inputs[0] = projected = dense_rows(inputs[0])
         _, scan, mixed = _Mixer._describe(tuple(inputs), gain, unit)
         call = scan.call
         gated, last = projected.new_empty(*projected.shape[:2], call.heads * call.width), _state(call)
@@ -323,7 +323,7 @@ class _Mixer(torch.autograd.Function):
         projected, *parameters, state, _, _ = inputs
         conv, scan, mixed = _Mixer._describe(tuple(inputs), *ctx.choices)
         call = scan.call
-        dgated = torch.zeros_like(kept) if dgated is None else _rows(dgated)
+        dgated = torch.zeros_like(kept) if dgated is None else dense_rows(dgated)
         dmixed, dprojected = torch.empty_like(mixed), projected.new_empty(projected.shape)
         dskip, dz_bias = _fp32(call.batch, call.heads), _fp32(call.batch, call.heads * call.width)
         dlog_decay = _fp32(call.batch, call.length, call.heads)
