@@ -80,7 +80,7 @@ void block_bf16(Block block, int inputs, const float* values, int tokens, float*
       float* to = out + start * out_stride + s * kSlice;
       const int tokens = count;
 #define MAR_CALL(M) tile_bf16<M>(narrow + m * stride, stride, weights, pairs, to + m * out_stride, out_stride)
-      MAR_TILES(6, 2, MAR_CALL)
+      MAR_TILES(0, 6, 2, MAR_CALL)
 #undef MAR_CALL
     }
   }
@@ -140,6 +140,66 @@ inline Sums<M> dots(const std::int8_t* codes, std::size_t stride, const std::uin
   return sums;
 }
 
+#if defined(__AMX_INT8__)
+
+// AMX multiplies 16 tokens' codes, 64 each, by 16 quads of 16 outputs; eight registers hold two by two such tiles.
+constexpr int kSide = 16;
+constexpr int kMost = 2 * kSide;       // tokens
+constexpr int kDeep = kSide * kQuad;   // inputs
+
+struct alignas(64) Shapes {
+  std::uint8_t palette, start, reserved[14];
+  std::uint16_t bytes[16];
+  std::uint8_t rows[16];
+};
+// Constant: GCC 12 does not know that the instruction reads all of it.
+constexpr Shapes kShapes = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+
+// Registers have these shapes for as long as this lives; it says for how many tokens they can be used.
+struct Tiles {
+  int tokens;
+  Tiles(int inputs, int tokens) : tokens(inputs % kDeep ? 0 : tokens / kMost * kMost) { _tile_loadconfig(&kShapes); }
+  ~Tiles() { _tile_release(); }
+};
+
+template <>
+inline Sums<kMost> dots<kMost>(const std::int8_t* codes, std::size_t stride, const std::uint8_t* weights, int quads) {
+  Sums<kMost> sums;
+  const std::int8_t* low = codes + kSide * stride;
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int i = 0; i < quads; i += kSide) {
+    _tile_loadd(4, codes + i * kQuad, stride);
+    _tile_loadd(6, weights + i * kHalfLine, kHalfLine);
+    _tile_loadd(7, weights + i * kHalfLine + 64, kHalfLine);
+    _tile_loadd(5, low + i * kQuad, stride);
+    _tile_dpbsud(0, 4, 6);
+    _tile_dpbsud(1, 4, 7);
+    _tile_dpbsud(2, 5, 6);
+    _tile_dpbsud(3, 5, 7);
+  }
+  _tile_stored(0, &sums.of[0][0], sizeof sums.of[0]);
+  _tile_stored(1, &sums.of[0][1], sizeof sums.of[0]);
+  _tile_stored(2, &sums.of[kSide][0], sizeof sums.of[0]);
+  _tile_stored(3, &sums.of[kSide][1], sizeof sums.of[0]);
+  return sums;
+}
+
+#define MAR_BY_TILES(call) \
+  for (int m = 0; m < tiles.tokens; m += kMost) call(kMost);
+
+#else
+
+struct Tiles {
+  static constexpr int tokens = 0;
+  Tiles(int, int) {}
+};
+#define MAR_BY_TILES(call)
+
+#endif
+
 template <int M>
 inline void tile_i8(const std::int8_t* codes, std::size_t stride, const std::uint8_t* weights, int quads,
                     const float* scales, const std::int32_t* sums, const float* token_scales, float* out,
@@ -159,6 +219,7 @@ inline void tile_i8(const std::int8_t* codes, std::size_t stride, const std::uin
 void block_i8(Block block, int inputs, const float* scales, const std::int8_t* codes, const std::int32_t* sums,
               const float* token_scales, int tokens, float* out, std::size_t out_stride, std::uint8_t* scratch) {
   const int quads = inputs / kQuad;
+  const Tiles tiles(inputs, tokens);
   for (int s = 0; s < block.slices; ++s) {
     for (int i = 0; i < quads; ++i) {
       const std::uint8_t* row = block.rows + block.stride * kQuad * i + s * kSlice;
@@ -173,7 +234,8 @@ void block_i8(Block block, int inputs, const float* scales, const std::int8_t* c
 #define MAR_CALL(M)                                                                                                \
   tile_i8<M>(codes + static_cast<std::size_t>(m) * inputs, inputs, weights, quads, scales + column, sums + m,      \
              token_scales ? token_scales + m : nullptr, out + m * out_stride + column, out_stride)
-      MAR_TILES(12, 4, MAR_CALL)
+      MAR_BY_TILES(MAR_CALL)
+      MAR_TILES(tiles.tokens, 12, 4, MAR_CALL)
 #undef MAR_CALL
     }
   }
@@ -208,6 +270,7 @@ void block_i4(Block block, int inputs, const std::uint16_t* scales, std::size_t 
               std::uint8_t* scratch) {
   const int quads = inputs / kQuad, groups = (inputs + kGroup - 1) / kGroup;
   const __m512i low_half = _mm512_set1_epi8(15);
+  const Tiles tiles(inputs, tokens);
   for (int s = 0; s < block.slices; ++s) {
     // A line holds two slices: the even one in its low nibbles, the odd one in its high ones.
     for (int i = 0; i < quads; ++i) {
@@ -236,7 +299,8 @@ void block_i4(Block block, int inputs, const std::uint16_t* scales, std::size_t 
   tile_i4<M>(codes + static_cast<std::size_t>(m) * inputs, inputs, weights, quads, floats + column,              \
              sums + static_cast<std::size_t>(m) * groups, groups, token_scales ? token_scales + m : nullptr,     \
              out + m * out_stride + s * kSlice + column, out_stride)
-      MAR_TILES(6, 4, MAR_CALL)
+      MAR_BY_TILES(MAR_CALL)
+      MAR_TILES(tiles.tokens, 6, 4, MAR_CALL)
 #undef MAR_CALL
     }
   }

@@ -121,9 +121,9 @@ inline void tile_float(const float* a, std::size_t a_stride, const float* b, std
     for (int v = 0; v < 4; ++v) store(out + m * out_stride + v * kLanes, sums[m][v]);
 }
 
-// Calls tile<M> over `tokens` rows, the widest tile first, then one of `middle` rows, then of one.
-#define MAR_TILES(widest, middle, call) \
-  for (int m = 0; m < tokens;) {        \
+// Calls tile<M> over `tokens` rows from `first` on, the widest tile first, then one of `middle` rows, then of one.
+#define MAR_TILES(first, widest, middle, call) \
+  for (int m = first; m < tokens;) {    \
     const int left = tokens - m;        \
     if (left >= widest) {               \
       call(widest);                     \
@@ -140,7 +140,7 @@ inline void tile_float(const float* a, std::size_t a_stride, const float* b, std
 inline void product(const float* a, std::size_t a_stride, const float* b, std::size_t b_stride, int k, int tokens,
                     float* out, std::size_t out_stride, bool plus) {
 #define MAR_CALL(M) tile_float<M>(a + m * a_stride, a_stride, b, b_stride, k, out + m * out_stride, out_stride, plus)
-  MAR_TILES(6, 2, MAR_CALL)
+  MAR_TILES(0, 6, 2, MAR_CALL)
 #undef MAR_CALL
 }
 

@@ -3,6 +3,14 @@
 #include <algorithm>
 #include <stdexcept>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
 #include "kernels.hpp"
 #include "training.hpp"
 
@@ -17,6 +25,7 @@ MAR_DECLARE(generic)
 #if defined(__x86_64__)
 MAR_DECLARE(avx2)
 MAR_DECLARE(avx512)
+MAR_DECLARE(amx)
 #endif
 #undef MAR_DECLARE
 
@@ -33,6 +42,9 @@ std::vector<Candidate> candidates() {
   std::vector<Candidate> list;
 #if defined(__x86_64__)
   const std::vector<std::string> wide = {"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni", "avx512bf16"};
+  std::vector<std::string> tiles = wide;
+  tiles.insert(tiles.end(), {"amxtile", "amxint8"});
+  list.push_back({"amx", &amx::kernels, &amx::training, tiles});
   list.push_back({"avx512", &avx512::kernels, &avx512::training, wide});
   list.push_back({"avx2", &avx2::kernels, &avx2::training, {"avx2", "fma"}});
 #endif
@@ -45,6 +57,18 @@ std::string joined(const std::vector<std::string>& names) {
   for (const auto& name : names) text += (text.empty() ? "" : ", ") + name;
   return text;
 }
+
+#if defined(__x86_64__)
+// Whether the operating system saves AMX's tiles; Linux does so for processes that ask.
+bool tiles_permitted() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 }  // namespace
 
@@ -64,6 +88,12 @@ std::vector<std::string> cpu_features() {
   MAR_FEATURE("avx512vnni")
   MAR_FEATURE("avx512bf16")
 #undef MAR_FEATURE
+  if (tiles_permitted()) {
+    unsigned a, b, c, d = 0;
+    __get_cpuid_count(7, 0, &a, &b, &c, &d);
+    if (d >> 24 & 1) found.push_back("amxtile");
+    if (d >> 25 & 1) found.push_back("amxint8");
+  }
 #endif
   return found;
 }

@@ -26,6 +26,7 @@ NEEDS = {
     "avx2": {"avx2", "fma"},
     "avx512": {"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16"},
 }
+NEEDS["amx"] = NEEDS["avx512"] | {"amx_tile", "amx_int8"}
 """Variants and the flags of /proc/cpuinfo that they need."""
 
 SHAPES = [(1, 1), (3, 64), (5, 65), (40, 300), (63, 130), (65, 64), (72, 1216), (200, 1300), (1030, 70)]
@@ -201,7 +202,7 @@ def test_a_variant_is_forced_or_refused(name: str):
 def test_an_unknown_variant_is_refused_in_one_sentence(name: str):
     done = python("import mar.engine", MAR_ISA=name)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == f"ValueError: MAR_ISA is '{name}'; use one of avx512, avx2, generic."
+    assert done.stderr.splitlines()[-1] == f"ValueError: MAR_ISA is '{name}'; use one of amx, avx512, avx2, generic."
 
 
 def test_linears_give_what_their_weights_define():

@@ -95,10 +95,10 @@ void quantisers(const mar::Kernels& k) {
 // Rows that codes ask for, in shares of slices, and many tokens at once: all against the weights' own meaning.
 void linears(const mar::Kernels& k) {
   for (Precision precision : kPrecisions)
-    for (auto [inputs, outputs] : {std::pair{1, 1}, {5, 70}, {40, 300}, {63, 64}, {72, 450}, {130, 129}}) {
+    for (auto [inputs, outputs] : {std::pair{1, 1}, {5, 70}, {40, 300}, {63, 64}, {72, 450}, {128, 129}, {130, 129}}) {
       const Weights weights(precision, inputs, outputs);
       const mar::Linear& linear = weights.linear;
-      const int wide = linear.outputs(), tokens = 9;
+      const int wide = linear.outputs(), tokens = inputs % mar::kGroup ? 9 : 37;  // AMX takes 32 with whole groups
       std::vector<std::int8_t> many;
       std::vector<std::int32_t> sums;
       std::vector<float> values;
@@ -106,7 +106,7 @@ void linears(const mar::Kernels& k) {
       const auto token_scales = normals(tokens);
       std::vector<float> singles;
       for (int m = 0; m < tokens; ++m) {
-        const auto one = codes(inputs, -127, 127, m / 8.0);
+        const auto one = codes(inputs, -127, 127, std::min(1.0, m / 8.0));
         many.insert(many.end(), one.begin(), one.end());
         many.resize(static_cast<std::size_t>(m + 1) * linear.rows, 0);
         values.insert(values.end(), one.begin(), one.end());

@@ -94,6 +94,13 @@ void test_isa() {
 #if defined(__x86_64__)
   const std::vector<std::string> all = {"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni", "avx512bf16"};
   CHECK(choose_variant("", all).name == "avx512");
+  std::vector<std::string> tiles = all;
+  tiles.insert(tiles.end(), {"amxtile", "amxint8"});
+  CHECK(choose_variant("", tiles).name == "amx");
+  CHECK(choose_variant("avx512", tiles).name == "avx512");
+  tiles.pop_back();
+  CHECK(choose_variant("", tiles).name == "avx512");
+  CHECK_THROWS(choose_variant("amx", tiles));
   CHECK(choose_variant("avx2", all).name == "avx2");
   CHECK(choose_variant("", {"avx2", "fma"}).name == "avx2");
   CHECK(choose_variant("", {"avx2"}).name == "generic");
