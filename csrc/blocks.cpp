@@ -166,6 +166,7 @@ template <>
 inline Sums<kMost> dots<kMost>(const std::int8_t* codes, std::size_t stride, const std::uint8_t* weights, int quads) {
   Sums<kMost> sums;
   const std::int8_t* low = codes + kSide * stride;
+  asm volatile("" ::: "memory");  // GCC 12 does not know either that tiles are loaded from what was just written
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
