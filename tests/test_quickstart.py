@@ -152,17 +152,54 @@ def test_what_it_takes_is_said_first(tiny_llama_folder: Path, tmp_path: Path, ca
     announce(recipe, tmp_path / "run", load_teacher(tiny_llama_folder))
     out, err = capfd.readouterr()
     assert out == ""
-    for part in ("tiny: about", "minutes on this machine (estimated)", "GB of disk", "GB of memory", str(tmp_path)):
+    for part in (
+        "tiny: about",
+        "minutes to go on this machine (estimated)",
+        "GB of disk",
+        "GB of memory",
+        str(tmp_path),
+    ):
         assert part in err
 
 
-def test_the_estimate_grows_with_the_work(tiny_llama_folder: Path) -> None:
+@pytest.fixture
+def one_teraflop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine whose precisions are equally fast."""
+    rates = dict.fromkeys(("bf16", "fp32", "int8"), 1000.0)
+    monkeypatch.setattr("mar.quickstart.matmul_rates", lambda device: rates)
+
+
+def test_the_estimate_grows_with_the_work(tiny_llama_folder: Path, tmp_path: Path, one_teraflop: None) -> None:
     recipe = tiny_recipe(tiny_llama_folder, "a.txt")
     recipe.stages["align"].train = replace(recipe.stages["align"].train, tokens=10**9)
-    short = estimate_minutes(recipe, 10**8)
+    short = estimate_minutes(recipe, 10**8, tmp_path)
+    assert short == pytest.approx(6e17 / 1e12 / 0.6 / 60, rel=0.01)  # 6 operations a token and parameter
     recipe.stages["align"].train = replace(recipe.stages["align"].train, tokens=10**11)
-    # The probe measures a shared machine, so only the order of magnitude is sure.
-    assert estimate_minutes(recipe, 10**8) > 5 * short > 5
+    assert estimate_minutes(recipe, 10**8, tmp_path) == pytest.approx(100 * short, rel=0.01)
+
+
+@pytest.mark.parametrize("end", ["", '{"tokens": 9'])
+def test_the_estimate_leaves_out_what_is_done(
+    tiny_llama_folder: Path, tmp_path: Path, one_teraflop: None, end: str
+) -> None:
+    recipe = tiny_recipe(tiny_llama_folder, "a.txt")
+    recipe.stages["align"].train = replace(recipe.stages["align"].train, tokens=10**9)
+    whole = estimate_minutes(recipe, 10**8, tmp_path)
+    log = tmp_path / "1-align" / "training" / "log.jsonl"
+    log.parent.mkdir(parents=True)
+    log.write_text('{"tokens": 1000}\n{"tokens": 750000000}\n' + end)
+    assert estimate_minutes(recipe, 10**8, tmp_path) == pytest.approx(whole / 4, rel=0.01)
+    log.write_text("damaged\n")
+    assert estimate_minutes(recipe, 10**8, tmp_path) == whole
+
+
+def test_the_estimate_leaves_out_written_text(tiny_llama_folder: Path, tmp_path: Path, one_teraflop: None) -> None:
+    recipe = tiny_recipe(tiny_llama_folder, "teacher")
+    recipe.writing = replace(recipe.writing, tokens=10**6, batch_size=100, length=1000)
+    whole = estimate_minutes(recipe, 10**11, tmp_path)
+    (tmp_path / "text" / "train").mkdir(parents=True)
+    (tmp_path / "text" / "train" / "part-000.parquet").touch()
+    assert whole - estimate_minutes(recipe, 10**11, tmp_path) == pytest.approx(6e16 / 1e12 / 0.6 / 60, rel=0.01)
 
 
 def test_a_disk_too_small_is_refused_before_any_work(

@@ -17,14 +17,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from rich.console import Console
 
 from mar.census import parameters
 from mar.checkpoint import write_json_atomically
 from mar.folder import load_student
-from mar.precision import resolve_precision
+from mar.precision import matmul_rates, resolve_precision
 from mar.processes import this_process
 from mar.quiet import say
 from mar.recipe import Recipe, debug_size, read_recipe
@@ -184,12 +183,12 @@ def announce(recipe: Recipe, output: Path, teacher: Teacher) -> None:
     size = parameters(teacher.model.config)
     disk = size * 4 * (2 + len(recipe.stages)) + size * 12
     memory = size * 4 * 7 + 2e9
-    minutes = estimate_minutes(recipe, size)
+    minutes = estimate_minutes(recipe, size, output)
     free = shutil.disk_usage(output if output.exists() else Path.cwd()).free
     if free < disk:
         raise OSError(f"The run needs about {disk / 1e9:.1f} GB of disk and {free / 1e9:.1f} GB are free; make room.")
     say(
-        f"{recipe.name}: about {minutes:.0f} minutes on this machine (estimated), {disk / 1e9:.1f} GB of disk, "
+        f"{recipe.name}: about {minutes:.0f} minutes to go on this machine (estimated), {disk / 1e9:.1f} GB of disk, "
         f"{memory / 1e9:.1f} GB of memory. Results go to {output}. Ctrl-C stops; the same command goes on."
     )
 
@@ -197,22 +196,37 @@ def announce(recipe: Recipe, output: Path, teacher: Teacher) -> None:
 WORK = {"orient": 8, "align": 6, "distill": 11, "spike_align": 12, "spike": 12}
 """Floating-point operations per token and parameter of a stage, forward and backward, teacher included; estimated."""
 
-EFFICIENCY = 0.45
-"""Share of the probe's matrix-product rate that whole steps reach; measured in benchmarks/throughput.py, rounded."""
+EFFICIENCY = 0.6
+"""Share of the rate of `mar.precision.matmul_rates` that whole steps reach by that count: 0.5 to 0.85, measured."""
 
 
-def estimate_minutes(recipe: Recipe, size: int) -> float:
-    """Minutes that the recipe's tokens will take at the rate of a short bf16 matrix-product probe."""
+def estimate_minutes(recipe: Recipe, size: int, folder: Path) -> float:
+    """Minutes that what the run in `folder` has not done yet will take, at the rate of a short matrix-product probe."""
     process = this_process()
-    a = torch.randn(1024, 1024, dtype=torch.bfloat16, device=process.device)
-    torch.mm(a, a)
-    started = time.perf_counter()
-    for _ in range(10):
-        product = torch.mm(a, a)
-    product[0, 0].item()  # waits for a GPU
-    rate = 10 * 2 * 1024**3 / (time.perf_counter() - started)
-    work = sum(WORK[stage.kind] * stage.train.tokens for stage in recipe.stages.values()) / process.num_processes
+    device: Any = process.device
+    rates = matmul_rates(device.type)
+    seconds = 0.0
+
+    def add(kind: str, tokens: float, precision: str) -> None:
+        nonlocal seconds
+        rate = rates[resolve_precision(precision, device)] * 1e9 * EFFICIENCY
+        seconds += WORK[kind] * size * max(0.0, tokens) / rate
+
+    for name, stage in recipe.stages.items():
+        done = max((_tokens_trained(log) for log in folder.glob(f"*-{name}/training/log.jsonl")), default=0)
+        add(stage.kind, (stage.train.tokens - done) / process.num_processes, stage.train.precision)
     if recipe.data.source == "teacher":
         # Decoding is bound by memory: measured, a written token takes about as long as an aligned one.
-        work += WORK["align"] * (recipe.writing.tokens + recipe.writing.held_out_tokens)
-    return work * size / (rate * EFFICIENCY) / 60 + 1
+        wanted = recipe.writing
+        written = len(list(folder.glob("text/*/part-*.parquet"))) * wanted.batch_size * wanted.length
+        add("align", wanted.tokens + wanted.held_out_tokens - written, "auto")
+    return seconds / 60 + 1
+
+
+def _tokens_trained(log: Path) -> int:
+    """By the log's last whole line; of a damaged one, nothing: the run itself says what is wrong with it."""
+    lines = log.read_text(encoding="utf-8", errors="replace").rpartition("\n")[0].splitlines()
+    try:
+        return int(json.loads(lines[-1])["tokens"])
+    except (IndexError, ValueError, TypeError, KeyError):
+        return 0
