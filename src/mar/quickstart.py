@@ -197,7 +197,7 @@ WORK = {"orient": 8, "align": 6, "distill": 11, "spike_align": 12, "spike": 12}
 """Floating-point operations per token and parameter of a stage, forward and backward, teacher included; estimated."""
 
 EFFICIENCY = 0.6
-"""Share of the rate of `mar.precision.matmul_rates` that whole steps reach by that count: 0.5 to 0.85, measured."""
+"""Share of the rate of `mar.precision.matmul_rates` that whole steps reach; estimated from docs/results.md."""
 
 
 def estimate_minutes(recipe: Recipe, size: int, folder: Path) -> float:
