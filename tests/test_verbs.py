@@ -1,8 +1,11 @@
 import inspect
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,8 +17,10 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import PreTrainedTokenizerFast
 
 import mar
+import mar.steps
 from mar import verbs
 from mar.census import census
+from mar.checkpoint import alone_in
 from mar.cli import VERBS
 from mar.config import SITES, NeuronConfig, site_neurons
 from mar.conversion import LLAMBA_LAYER_NAMES, LLAMBA_NAMES, convert_llama
@@ -200,6 +205,53 @@ def test_convert_calibrates_on_text(folders: Folders, teacher: Teacher, tmp_path
     assert calibrated.D.ne(0).any()
     assert provenance(tmp_path / "calibrated")["settings"]["text"] == str(folders["text"])
     assert provenance(tmp_path / "plain")["parent"] == teacher.source
+
+
+def writers(folders: Folders, output: Path) -> dict[str, Callable[[], object]]:
+    """Every verb that writes a model into a new folder."""
+    text = str(folders["text"])
+    return {
+        "convert": lambda: verbs.convert(str(folders["teacher"]), output),
+        "insert": lambda: verbs.insert(folders["dense"], output, text=text, tokens=64),
+        "retune": lambda: verbs.retune(folders["spiking"], output, text=text, tokens=64),
+        "pack": lambda: verbs.pack(folders["spiking"], output),
+    }
+
+
+@pytest.mark.parametrize("verb", ["convert", "insert", "retune", "pack"])
+def test_one_process_writes_into_a_new_folder(folders: Folders, tmp_path: Path, verb: str) -> None:
+    output = tmp_path / "new" / "student"
+    with (
+        alone_in(output),
+        pytest.raises(ValueError, match=f"Another process is at work in {output}; wait for it, or use another folder"),
+    ):
+        writers(folders, output)[verb]()
+    writers(folders, output)[verb]()
+    assert not (output / "lock").exists()
+    load_student(output)
+
+
+def test_a_folder_that_was_just_finished_is_refused(
+    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the one of two processes that gets the lock when the other is done."""
+    output = tmp_path / "student"
+
+    @contextmanager
+    def after_another(folder: Path) -> Iterator[None]:
+        shutil.copytree(folders["dense"], folder)
+        yield
+
+    monkeypatch.setattr(mar.steps, "alone_in", after_another)
+    with pytest.raises(ValueError, match="already holds a model"):
+        verbs.pack(folders["spiking"], output)
+    assert files_of(output) == files_of(folders["dense"])
+
+
+def test_a_verb_that_fails_leaves_no_folder(folders: Folders, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="there is no"):
+        verbs.pack(folders["spiking"], tmp_path / "new" / "student", text="nowhere.txt")
+    assert not list(tmp_path.iterdir())
 
 
 def write_llamba(folder: Path, tokenizer: PreTrainedTokenizerFast, teacher: Teacher) -> dict[str, torch.Tensor]:
