@@ -70,12 +70,15 @@ def refine_and_measure(recipe: Recipe, output: Path) -> dict[str, Any]:
         teacher = load_teacher(recipe.teacher)
     # Agreed on by all processes, so before the others leave.
     precision = resolve_precision("auto", process.device)  # type: ignore[arg-type]
-    if process.is_main_process:
-        announce(recipe, output, teacher)
+
+    def begin() -> None:
+        if process.is_main_process:
+            announce(recipe, output, teacher)
+
     # Text that is there already is read before the hours of training, because it may turn out to be missing or short.
     written_first = recipe.data.source == "teacher" and recipe.evaluation.data is None
     held_out = None if written_first else evaluation_rows(recipe, output, teacher)
-    refined = refine(recipe, output, teacher)
+    refined = refine(recipe, output, teacher, begin=begin)
     if not process.is_main_process:
         return {}
     students = {name: load_student(folder) for name, folder in refined.students.items()}
