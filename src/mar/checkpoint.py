@@ -94,7 +94,7 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             warnings.warn(f"The checkpoint {path} is damaged ({error}) and is passed over.", stacklevel=2)
     if found:
-        raise ValueError(f"Every checkpoint in {folder} is damaged; delete that folder to train from the beginning.")
+        raise ValueError(f"Every checkpoint in {folder} is damaged; delete that folder to start from the beginning.")
     return None
 
 

@@ -222,6 +222,7 @@ def estimate_minutes(recipe: Recipe, size: int, folder: Path) -> float:
         # Decoding is bound by memory: measured, a written token takes about as long as an aligned one.
         wanted = recipe.writing
         written = len(list(folder.glob("text/*/part-*.parquet"))) * wanted.batch_size * wanted.length
+        written += sum(int(path.name.removeprefix("step-")) for path in folder.glob("text/*/*.draft/step-*"))
         add("align", wanted.tokens + wanted.held_out_tokens - written, "auto")
     return seconds / 60 + 1
 

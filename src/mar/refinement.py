@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from mar.checkpoint import explain_disk_full
 from mar.conversion import calibrate_mixers, convert_llama
 from mar.data import PackedRows, read_meta, write_documents
 from mar.folder import digest, load_student, read_provenance, save_student
-from mar.generate import write_text
+from mar.generate import Draft, write_text
 from mar.insertion import insert_neurons
 from mar.model import MarForCausalLM
 from mar.objective import Objective
@@ -128,7 +129,7 @@ class _RefineRun:
         return {"part": part, "split": split, **asdict(self.recipe.writing), "teacher": self.teacher.source}
 
     def write_text(self) -> None:
-        """Let the teacher write training and held-out text, in parts, so that an interruption loses one part only."""
+        """Let the teacher write training and held-out text, in parts: Ctrl-C loses nothing, a kill one part only."""
         wanted = self.recipe.writing
         for split, prompts, tokens in (
             ("train", TRAIN_PROMPTS, wanted.tokens),
@@ -138,6 +139,7 @@ class _RefineRun:
             while done < tokens:
                 path = self.folder / "text" / split / f"part-{part:03d}.parquet"
                 settings = self._text_settings(split, part)
+                draft = Draft(path.with_suffix(".draft"), settings)
                 if path.is_file():
                     _refuse_other(path, read_meta(path), settings)
                 else:
@@ -152,9 +154,11 @@ class _RefineRun:
                         temperature=wanted.temperature,
                         seed=wanted.seed * 10_000 + part,
                         progress=self.progress,
+                        draft=draft,
                     )
                     with explain_disk_full(self.folder):
                         write_documents(path, documents, {**settings, "tokens_written": sum(map(len, documents))})
+                shutil.rmtree(draft.folder, ignore_errors=True)
                 done += int(read_meta(path)["tokens_written"])
                 part += 1
 
