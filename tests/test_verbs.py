@@ -1,6 +1,7 @@
 import inspect
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -207,14 +208,14 @@ def test_convert_calibrates_on_text(folders: Folders, teacher: Teacher, tmp_path
     assert provenance(tmp_path / "plain")["parent"] == teacher.source
 
 
-def writers(folders: Folders, output: Path) -> dict[str, Callable[[], object]]:
-    """Every verb that writes a model into a new folder."""
+def writers(folders: Folders, output: Path, tokens: int = 64) -> dict[str, Callable[[], object]]:
+    """Every verb that writes a model into a new folder, on a text."""
     text = str(folders["text"])
     return {
-        "convert": lambda: verbs.convert(str(folders["teacher"]), output),
-        "insert": lambda: verbs.insert(folders["dense"], output, text=text, tokens=64),
-        "retune": lambda: verbs.retune(folders["spiking"], output, text=text, tokens=64),
-        "pack": lambda: verbs.pack(folders["spiking"], output),
+        "convert": lambda: verbs.convert(str(folders["teacher"]), output, text=text),
+        "insert": lambda: verbs.insert(folders["dense"], output, text=text, tokens=tokens),
+        "retune": lambda: verbs.retune(folders["spiking"], output, text=text, tokens=tokens),
+        "pack": lambda: verbs.pack(folders["spiking"], output, text=text, tokens=tokens),
     }
 
 
@@ -346,6 +347,20 @@ def test_measured_rates(folders: Folders, teacher: Teacher) -> None:
 def test_short_texts_are_enough_to_count_on(folders: Folders, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("One sentence.")
     assert verbs.spikes(folders["spiking"], str(tmp_path / "short.txt"), tokens=200)["totals"]["tokens"] == 200
+
+
+@pytest.mark.parametrize("verb", ["convert", "insert", "retune", "pack", "spikes"])
+@pytest.mark.parametrize(("sentences", "short"), [(1, True), (2000, False)])
+def test_a_short_text_is_said_to_be_short(
+    folders: Folders, tmp_path: Path, capfd: Any, verb: str, sentences: int, short: bool
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("One sentence. " * sentences)
+    write = writers(folders | {"text": text}, tmp_path / "new", tokens=600)
+    write["spikes"] = lambda: verbs.spikes(folders["spiking"], str(text), tokens=600)
+    write[verb]()
+    said = rf"{text} is shorter than [\d,]+ tokens and was read \d+ times; .* so give more\."
+    assert bool(re.search(said, capfd.readouterr().err)) == short
 
 
 def test_eval_of_the_dense_start(folders: Folders, teacher: Teacher) -> None:

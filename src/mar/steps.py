@@ -56,7 +56,9 @@ def convert_to_folder(source: str, output: Path, preset: str, init: str, text: s
             if text is not None:
                 say(f"Calibrating mixers on the first rows of {text}.")
                 rows = PackedRows(DataConfig(source=text), tokenizer)
-                calibrate_mixers(student, teacher.model, next(iter(rows.batches(4))))
+                batch = next(iter(rows.batches(4)))
+                say_if_short(rows, text, batch["input_ids"].numel())
+                calibrate_mixers(student, teacher.model, batch)
         provenance = {"step": "convert", "settings": {"preset": preset, "init": init, "text": text}, "parent": origin}
         save_student(student, tokenizer, output, {**provenance, "teacher": origin, "tokens": 0, "metrics": {}})
         return student
@@ -114,8 +116,9 @@ def _spiking_to_folder(
     with _alone_in_new(output):
         student, tokenizer = load_student(model), load_tokenizer(model)
         rows = PackedRows(DataConfig(source=text), tokenizer, vocab_size=student.config.vocab_size)
-        say(f"Setting thresholds on {tokens:,} tokens of {text}, read again where it is shorter.")
+        say(f"Setting thresholds on {tokens:,} tokens of {text}.")
         spiking = make(student, rows)
+        say_if_short(rows, text, tokens)
         provenance = {
             "step": step,
             "settings": {**settings, "text": text, "tokens": tokens},
@@ -151,9 +154,10 @@ def pack_to_folder(
         settings: dict[str, Any] = dict(compact)
         moments = None
         if text is not None:
-            say(f"Running {tokens:,} tokens of {text}, read again where it is shorter, through {model}.")
+            say(f"Running {tokens:,} tokens of {text} through {model}.")
             rows = PackedRows(DataConfig(source=text), tokenizer, vocab_size=student.config.vocab_size)
             moments = input_moments(student, rows.batches(1), tokens)
+            say_if_short(rows, text, tokens)
             settings |= {"text": text, "tokens": tokens}
         provenance = {"step": "pack", "settings": settings, "parent": _source(model), "teacher": _teacher(model)}
         say(f"Rounding to {precision}.")
@@ -205,6 +209,15 @@ def train_to_folder(stage: StageConfig, student: Path, output: Path, teacher: st
         save_student(model.eval(), tokenizer, output, {**provenance, "tokens": metrics["tokens"], "metrics": metrics})
     process.wait_for_everyone()
     return metrics
+
+
+def say_if_short(rows: PackedRows, text: str, tokens: int) -> None:
+    """Say on stderr that `rows`, which gave so many tokens of `text`, had to read it again for them."""
+    if again := rows.state_dict()["epoch"]:
+        say(
+            f"{text} is shorter than {tokens:,} tokens and was read {again + 1:,} times; what comes of it may not hold "
+            "for other text, so give more."
+        )
 
 
 @contextmanager
