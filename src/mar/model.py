@@ -232,6 +232,11 @@ class MarModel(MarPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give the model exactly one of input_ids and inputs_embeds.")
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled() and kernels.int8_entered():
+            raise ValueError(
+                "The model has gradient checkpointing on, and int8 products do not reach what that computes again; "
+                "call its gradient_checkpointing_disable(), or set precision to 'fp32' or 'bf16'."
+            )
         hidden = inputs_embeds if inputs_embeds is not None else self.embed_tokens(input_ids)
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
         if use_cache and past_key_values is None:
