@@ -274,7 +274,10 @@ class Session:
         rendered = _render(self.tokenizer, [{"role": role, "content": content} for role, content in turns])
         _, found, following = rendered.partition(answer)
         if not found:
-            raise ValueError("The chat template leaves out the assistant's turns, so a conversation cannot go on.")
+            raise ValueError(
+                "The chat template leaves out the assistant's turns, so a conversation cannot go on; begin a new one "
+                "for each turn, or set another tokenizer.chat_template."
+            )
         ids = _ids(self.tokenizer, following)
         return ids[:, 1:] if ids.shape[1] and int(ids[0, 0]) == self._last else ids
 
