@@ -158,7 +158,8 @@ PACKAGE_HOST = re.compile(
 
 def committed_files() -> list[Path]:
     inside = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*")]
-    beside = [path for path in ROOT.iterdir() if path.name != "LICENSE"]
+    # In a git worktree .git is a file, with the path of the clone in it.
+    beside = [path for path in ROOT.iterdir() if path.name not in ("LICENSE", ".git")]
     texts = [path for path in inside + beside if path.is_file() and path.suffix in SUFFIXES]
     return sorted(path for path in texts if "__pycache__" not in path.parts and path != Path(__file__))
 

@@ -83,7 +83,7 @@ def test_only_damaged_checkpoints_are_an_error(tmp_path: Path) -> None:
     (save(tmp_path, 1) / "state.json").unlink()
     with (
         pytest.warns(UserWarning, match="passed over"),
-        pytest.raises(ValueError, match="delete that folder to train from the beginning"),
+        pytest.raises(ValueError, match="delete that folder to start from the beginning"),
     ):
         load_checkpoint(tmp_path)
 

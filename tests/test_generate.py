@@ -3,7 +3,9 @@
 import copy
 import json
 import math
+import os
 import runpy
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from mar.config import NeuronConfig, site_neurons
-from mar.generate import Session, TokenStream, prompt_ids, sample, stop_ids, stream, write_text
+from mar.generate import Draft, Session, TokenStream, prompt_ids, sample, stop_ids, stream, write_text
 from mar.kernels.paged import PAGE, Pages, read_prompt
 from tiny_models import llama_model, mar_model
 
@@ -347,6 +349,42 @@ def test_written_text_depends_on_the_seed_only(tiny_tokenizer: PreTrainedTokeniz
     )
     assert first == again
     assert first != other
+
+
+def steps_until_ctrl_c(monkeypatch: pytest.MonkeyPatch, last: int | None) -> list[int]:
+    """Of each later step of the model its number; Ctrl-C is pressed within the `last`."""
+    step, seen = Pages.step, []
+
+    def counted(pages: Pages, tokens: list[int]) -> Tensor:
+        seen.append(len(seen) + 1)
+        if seen[-1] == last:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(pages, tokens)
+
+    monkeypatch.setattr(Pages, "step", counted)
+    return seen
+
+
+def test_an_interrupted_text_goes_on_where_it_was(
+    tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice, over documents that end and whose pages others take over, to the same words in no more steps."""
+    model = llama()
+    model.generation_config.eos_token_id = list(range(2, 8))
+
+    def write(draft: Draft | None, last: int | None = None) -> tuple[list[list[int]], int]:
+        with monkeypatch.context() as patch:
+            seen = steps_until_ctrl_c(patch, last)
+            documents = write_text(model, tiny_tokenizer, PROMPTS, 1_500, PAGE + 30, 4, seed=3, draft=draft)
+            return [document.tolist() for document in documents], len(seen)
+
+    expected, steps = write(None)
+    draft = Draft(tmp_path / "draft", {"seed": 3})
+    for last in (steps // 3, steps // 2):
+        with pytest.raises(KeyboardInterrupt, match=r"^Stopped after \S+ of 1,500 tokens; run again to go on"):
+            write(draft, last)
+    assert write(draft) == (expected, steps - steps // 3 - steps // 2)
+    assert write(Draft(draft.folder, {"seed": 4})) == (expected, steps), "the draft of another text was taken"
 
 
 def test_the_written_with_model_stays_as_it_is(tiny_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -586,3 +586,13 @@ def test_training_in_int8_learns_as_fp32_does(tmp_path: Path, monkeypatch, stage
     assert narrow[0] == pytest.approx(wide[0], rel=0.05)
     assert narrow[-1] < 0.8 * narrow[0]
     assert wide[0] - wide[-1] == pytest.approx(narrow[0] - narrow[-1], rel=0.1)
+
+
+@pytest.mark.parametrize("stage", [distill, spike])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_is_refused_by_name(tmp_path: Path, stage, reentrant):
+    objective: Any = stage()
+    objective.student.train().gradient_checkpointing_enable({"use_reentrant": reentrant})
+    config = TrainConfig(tokens=48, batch_size=2, precision="int8")
+    with pytest.raises(ValueError, match=r"has gradient checkpointing on, and int8 .*; call its gradient_check"):
+        train(objective, OneBatch(), config, tmp_path, progress=False)

@@ -98,8 +98,57 @@ def test_padding_of_a_mask_that_covers_the_past_too(model):
 def test_padding_between_tokens_is_refused(model, cached):
     ids, mask = tokens(2, 9), torch.tensor([[1] * 9, [1] * 4 + [0] * 2 + [1] * 3])
     cache = model(ids[:, :6], attention_mask=mask[:, :6]).past_key_values if cached else None
-    with pytest.raises(ValueError, match="padding between the tokens of row 1; pad on the left"):
+    with pytest.raises(ValueError, match=r"padding between the tokens of row 1, .*; pad on the left"):
         model(ids[:, 6:] if cached else ids, attention_mask=mask, past_key_values=cache)
+
+
+@pytest.mark.parametrize("later", [None, [[1] * 3] * 2, [[1] * 6 + [0] * 3, [1] * 4 + [0] * 2 + [1] * 3]])
+@torch.no_grad()
+def test_padding_between_the_tokens_of_two_calls_is_refused(model, later):
+    ids, mask = tokens(2, 9), torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
+    cache = model(ids[:, :6], attention_mask=mask).past_key_values
+    with pytest.raises(ValueError, match=r"padding between the tokens of row 1, .*; pad on the left"):
+        model(ids[:, 6:], attention_mask=None if later is None else torch.tensor(later), past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    ("then", "now"),
+    [
+        (None, [[0] + [1] * 8, [1] * 9]),
+        ([[0] + [1] * 5, [1] * 6], [[1] * 9] * 2),
+        ([[1] * 6, [1] * 4 + [0] * 2], [[1] * 9] * 2),
+    ],
+    ids=["none before", "none now", "none now after tokens"],
+)
+@torch.no_grad()
+def test_a_mask_that_denies_what_the_cache_has_seen_is_refused(model, then, now):
+    ids = tokens(2, 9)
+    cache = model(ids[:, :6], attention_mask=None if then is None else torch.tensor(then)).past_key_values
+    with pytest.raises(ValueError, match=r"other padding among the 6 tokens that the cache has seen .*; give those"):
+        model(ids[:, 6:], attention_mask=torch.tensor(now), past_key_values=cache)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["masks of calls", "masks of all tokens"])
+@torch.no_grad()
+def test_padding_at_both_ends_may_be_spread_over_calls(model, whole):
+    ids, mask = tokens(3, 12), torch.tensor([[0] * 5 + [1] * 7, [1] * 6 + [0] * 6, [1] * 12])
+    expected = model(ids, attention_mask=mask).logits
+    cache = MarCache(model.config)
+    pieces = [
+        model(ids[:, start:stop], attention_mask=mask[:, 0 if whole else start : stop], past_key_values=cache).logits
+        for start, stop in ((0, 3), (3, 7), (7, 8), (8, 12))
+    ]
+    torch.testing.assert_close(torch.cat(pieces, 1)[mask == 1], expected[mask == 1], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_rows_of_a_cache_take_their_padding_along(model):
+    ids, mask = tokens(2, 6), torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
+    cache = model(ids, attention_mask=mask).past_key_values
+    cache.reorder_cache(torch.tensor([0, 0]))
+    model(ids[:, :1], past_key_values=cache)
+    cache.reset()
+    model(ids, past_key_values=cache)
 
 
 @torch.no_grad()
@@ -111,9 +160,9 @@ def test_padding_between_the_tokens_of_a_document_is_refused(model):
     torch.testing.assert_close(apart[:, 6:], model(ids[:, 6:]).logits, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("shape", [(2, 8), (2, 10), (2, 1, 9, 9)])
+@pytest.mark.parametrize("shape", [(2, 8), (2, 10), (1, 9), (2, 1, 9, 9)])
 def test_masks_of_other_shapes_are_refused(model, shape):
-    with pytest.raises(ValueError, match=r"attention_mask has shape .*; give \(rows, 9\)"):
+    with pytest.raises(ValueError, match=r"attention_mask has shape .*; give \(2, 9\)"):
         model(tokens(2, 9), attention_mask=torch.ones(shape, dtype=torch.long))
 
 
@@ -511,7 +560,7 @@ def test_neuron_settings_for_sites():
     assert mar_config(neurons=placed).neuron("down_proj") == NeuronConfig(time_steps=2, tau=2.0)
     assert mar_config(neurons=placed).neuron("in_proj") == NeuronConfig(time_steps=2)
     assert mar_config(neurons=placed).neuron("gate_up") is None
-    with pytest.raises(ValueError, match=r"site 'down_proj', which is not among the placed sites \['in_proj'\]"):
+    with pytest.raises(ValueError, match=r"site 'down_proj', which is not among .* \['in_proj'\]; place neurons"):
         site_neurons(NeuronConfig(), {"down_proj": {"tau": 2.0}}, ("in_proj",))
     with pytest.raises(ValueError, match="site is 'attention'"):
         site_neurons(NeuronConfig(), sites=("attention",))

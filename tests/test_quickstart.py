@@ -162,6 +162,28 @@ def test_what_it_takes_is_said_first(tiny_llama_folder: Path, tmp_path: Path, ca
         assert part in err
 
 
+def test_other_minutes_are_refused_before_anything_is_said(
+    outcome: Outcome, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    folder, _, cache = outcome
+    monkeypatch.setenv("MAR_CACHE", cache)
+    with pytest.raises(ValueError, match=r"part-000\.parquet was made with other settings \(tokens was"):
+        quickstart(folder, minutes=20)
+    assert capfd.readouterr().err == ""
+
+
+def test_another_stage_is_refused_before_anything_is_said(
+    outcome: Outcome, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    folder, _, cache = outcome
+    monkeypatch.setenv("MAR_CACHE", cache)
+    recipe = debug_size(read_recipe("quickstart"))
+    recipe.stages["spike"].train = replace(recipe.stages["spike"].train, lr=2e-3)
+    with pytest.raises(ValueError, match=r"4-spike was made with other settings \(settings\.train\.lr was"):
+        refine_and_measure(recipe, folder)
+    assert capfd.readouterr().err == ""
+
+
 @pytest.fixture
 def one_teraflop(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine whose precisions are equally fast."""

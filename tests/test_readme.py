@@ -130,6 +130,9 @@ def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         elif block.tag == "python":
             # The blank lines give a traceback the page's own line numbers.
             exec(compile("\n" * (block.line - 1) + block.text, str(page), "exec"), namespace)
+    ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
+    written = {f"/{path.name}/" if path.is_dir() else f"/{path.name}" for path in Path.cwd().iterdir()}
+    assert written <= set(ignored), f"{page.name} leaves {sorted(written - set(ignored))} in a clone; see .gitignore."
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])

@@ -204,7 +204,7 @@ def _plain(recipe: Recipe) -> dict[str, Any]:
         ("stages: 3", "stages"),
         ("stages: {}\nmixer: {preset: slow}", r"mixer\.preset.*slow"),
         ("stages: {a: {kind: spike}, b: {kind: align}}", "dense stage after a spiking one; put align"),
-        ("stages: {a: [", "is not YAML: while parsing"),
+        ("stages: {a: [", "is not YAML: while parsing .*; mend it there"),
     ],
 )
 def test_what_does_not_fit_is_named_in_one_sentence(tmp_path: Path, text: str, problem: str) -> None:

@@ -23,6 +23,7 @@ from mar.checkpoint import DiskFull
 from mar.conversion import convert_llama
 from mar.data import PackedRows, read_meta
 from mar.folder import digest
+from mar.kernels.paged import Pages
 from mar.model import MarForCausalLM
 from mar.optimizer import TrainConfig
 from mar.recipe import Recipe, StageConfig, read_recipe, shipped_recipes
@@ -480,6 +481,30 @@ def test_the_teacher_s_text_is_written_in_parts_and_gone_on_with(
     assert calls == 7  # 5 parts and 2 interruptions
     assert parts_of(tmp_path / "stopped" / "text") == expected
     assert weights_of(tmp_path / "stopped" / "1-align") == weights_of(tmp_path / "whole" / "1-align")
+
+
+def test_ctrl_c_while_the_teacher_writes_loses_nothing(
+    tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_recipe(tiny_llama_folder, "teacher", ("align",))
+    refine(recipe, tmp_path / "whole", progress=False)
+    step, steps = Pages.step, 0
+
+    def pressed(pages: Pages, tokens: list[int]) -> torch.Tensor:
+        nonlocal steps
+        steps += 1
+        if steps == 20:
+            press_ctrl_c()
+        return step(pages, tokens)
+
+    monkeypatch.setattr(Pages, "step", pressed)
+    with pytest.raises(KeyboardInterrupt, match="run again to go on"):
+        refine(recipe, tmp_path / "stopped", progress=False)
+    draft = tmp_path / "stopped" / "text" / "train" / "part-000.draft"
+    assert int(next(draft.iterdir()).name.removeprefix("step-")) > 20
+    refine(recipe, tmp_path / "stopped", progress=False)
+    assert parts_of(tmp_path / "stopped" / "text") == parts_of(tmp_path / "whole" / "text")
+    assert not draft.exists()
 
 
 def test_the_teacher_s_text_is_as_the_recipe_asks(tiny_llama_folder: Path, teacher: Teacher, tmp_path: Path) -> None:

@@ -175,7 +175,7 @@ BAD: dict[str, tuple[bytes | None, dict[str, Any], str]] = {
     "latin.txt": (b"caf\xe9", {}, r"no UTF-8 text \(byte 3\)"),
     "body.jsonl": (b'{"body": "x"}', {}, r"body.jsonl:1 has no column tokens or .* or text, only \['body'\]"),
     "number.jsonl": (b'{"text": 3}', {}, "number.jsonl:1: a document must be text"),
-    "turn.jsonl": (b'{"messages": [{"role": "user"}]}', {}, r"turn.jsonl:1: a turn needs .* not \['role'\]"),
+    "turn.jsonl": (b'{"messages": [{"role": "user"}]}', {}, r"turn.jsonl:1: a turn needs .* not \['role'\]; mend"),
     "no.parquet": (b"PAR1", {}, "no.parquet is truncated or damaged"),
     "no.jsonl.gz": (gzip.compress(bytes(range(256)) * 9)[:-40], {}, "no.jsonl.gz is truncated or damaged"),
     "plain.jsonl.gz": (b'{"text": "x"}', {}, "plain.jsonl.gz is truncated or damaged"),

@@ -334,7 +334,7 @@ def test_one_process_trains_in_a_folder(tmp_path: Path) -> None:
     with (
         alone_in(tmp_path),
         ProcessPoolExecutor(1, FORKS) as other,
-        pytest.raises(ValueError, match=f"Another process is training in {tmp_path}; wait for it, or use another"),
+        pytest.raises(ValueError, match=f"Another process is at work in {tmp_path}; wait for it, or use another"),
     ):
         other.submit(run, tmp_path).result()
     run(tmp_path)

@@ -1,8 +1,12 @@
 import inspect
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,8 +18,10 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import PreTrainedTokenizerFast
 
 import mar
+import mar.steps
 from mar import verbs
 from mar.census import census
+from mar.checkpoint import alone_in
 from mar.cli import VERBS
 from mar.config import SITES, NeuronConfig, site_neurons
 from mar.conversion import LLAMBA_LAYER_NAMES, LLAMBA_NAMES, convert_llama
@@ -202,6 +208,53 @@ def test_convert_calibrates_on_text(folders: Folders, teacher: Teacher, tmp_path
     assert provenance(tmp_path / "plain")["parent"] == teacher.source
 
 
+def writers(folders: Folders, output: Path, tokens: int = 64) -> dict[str, Callable[[], object]]:
+    """Every verb that writes a model into a new folder, on a text."""
+    text = str(folders["text"])
+    return {
+        "convert": lambda: verbs.convert(str(folders["teacher"]), output, text=text),
+        "insert": lambda: verbs.insert(folders["dense"], output, text=text, tokens=tokens),
+        "retune": lambda: verbs.retune(folders["spiking"], output, text=text, tokens=tokens),
+        "pack": lambda: verbs.pack(folders["spiking"], output, text=text, tokens=tokens),
+    }
+
+
+@pytest.mark.parametrize("verb", ["convert", "insert", "retune", "pack"])
+def test_one_process_writes_into_a_new_folder(folders: Folders, tmp_path: Path, verb: str) -> None:
+    output = tmp_path / "new" / "student"
+    with (
+        alone_in(output),
+        pytest.raises(ValueError, match=f"Another process is at work in {output}; wait for it, or use another folder"),
+    ):
+        writers(folders, output)[verb]()
+    writers(folders, output)[verb]()
+    assert not (output / "lock").exists()
+    load_student(output)
+
+
+def test_a_folder_that_was_just_finished_is_refused(
+    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the one of two processes that gets the lock when the other is done."""
+    output = tmp_path / "student"
+
+    @contextmanager
+    def after_another(folder: Path) -> Iterator[None]:
+        shutil.copytree(folders["dense"], folder)
+        yield
+
+    monkeypatch.setattr(mar.steps, "alone_in", after_another)
+    with pytest.raises(ValueError, match="already holds a model"):
+        verbs.pack(folders["spiking"], output)
+    assert files_of(output) == files_of(folders["dense"])
+
+
+def test_a_verb_that_fails_leaves_no_folder(folders: Folders, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="there is no"):
+        verbs.pack(folders["spiking"], tmp_path / "new" / "student", text="nowhere.txt")
+    assert not list(tmp_path.iterdir())
+
+
 def write_llamba(folder: Path, tokenizer: PreTrainedTokenizerFast, teacher: Teacher) -> dict[str, torch.Tensor]:
     """A random Llamba checkpoint with the published names and shapes; returns its weights by our names."""
     student = convert_llama(teacher.model, preset="llamba", init="llamba")
@@ -294,6 +347,20 @@ def test_measured_rates(folders: Folders, teacher: Teacher) -> None:
 def test_short_texts_are_enough_to_count_on(folders: Folders, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("One sentence.")
     assert verbs.spikes(folders["spiking"], str(tmp_path / "short.txt"), tokens=200)["totals"]["tokens"] == 200
+
+
+@pytest.mark.parametrize("verb", ["convert", "insert", "retune", "pack", "spikes"])
+@pytest.mark.parametrize(("sentences", "short"), [(1, True), (2000, False)])
+def test_a_short_text_is_said_to_be_short(
+    folders: Folders, tmp_path: Path, capfd: Any, verb: str, sentences: int, short: bool
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("One sentence. " * sentences)
+    write = writers(folders | {"text": text}, tmp_path / "new", tokens=600)
+    write["spikes"] = lambda: verbs.spikes(folders["spiking"], str(text), tokens=600)
+    write[verb]()
+    said = rf"{text} is shorter than [\d,]+ tokens and was read \d+ times; .* so give more\."
+    assert bool(re.search(said, capfd.readouterr().err)) == short
 
 
 def test_eval_of_the_dense_start(folders: Folders, teacher: Teacher) -> None:

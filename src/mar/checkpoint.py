@@ -31,6 +31,7 @@ from torch import Tensor
 TEMPORARY = ".unfinished-"
 STATE = "state.json"
 DIGESTS = "digests.json"
+LOCK = "lock"
 
 
 class DiskFull(OSError):
@@ -93,7 +94,7 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             warnings.warn(f"The checkpoint {path} is damaged ({error}) and is passed over.", stacklevel=2)
     if found:
-        raise ValueError(f"Every checkpoint in {folder} is damaged; delete that folder to train from the beginning.")
+        raise ValueError(f"Every checkpoint in {folder} is damaged; delete that folder to start from the beginning.")
     return None
 
 
@@ -118,17 +119,17 @@ def replace_atomically(path: Path, content: bytes) -> None:
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a run's folder; the lock goes with its process, however that ends.
+    """Keep other processes out of a folder that is being written; the lock goes with its process, however that ends.
 
     Raises ValueError where another process has it.
     """
     with explain_disk_full(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / "lock", blocking=False)
+        lock = FileLock(folder / LOCK, blocking=False)
         try:
             lock.acquire()
         except Timeout as error:
-            raise ValueError(f"Another process is training in {folder}; wait for it, or use another folder.") from error
+            raise ValueError(f"Another process is at work in {folder}; wait for it, or use another folder.") from error
     try:
         yield
     finally:

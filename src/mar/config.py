@@ -74,7 +74,10 @@ def site_neurons(
         _one_of("site", site, SITES)
     for site in changes:
         if site not in sites:
-            raise ValueError(f"neuron settings name site {site!r}, which is not among the placed sites {list(sites)}.")
+            raise ValueError(
+                f"neuron settings name site {site!r}, which is not among the placed sites {list(sites)}; place neurons "
+                "there too, or leave its settings out."
+            )
     return {site: asdict(replace(default, **changes.get(site, {}))) for site in sites}
 
 

@@ -246,7 +246,10 @@ def convert_llamba(folder: str | Path) -> MarForCausalLM:
     for name, tensor in weights.items():
         target = _llamba_target(name)
         if target is None:
-            raise ValueError(f"The Llamba checkpoint has a tensor {name!r} that this layout does not know.")
+            raise ValueError(
+                f"The Llamba checkpoint has a tensor {name!r} that this layout does not know; give the "
+                "checkpoint as it was published."
+            )
         renamed[target] = (tensor.squeeze(1) if name.endswith("conv1d.weight") else tensor).float()
     expected = student.state_dict()
     if config.tie_word_embeddings:
@@ -260,7 +263,10 @@ def convert_llamba(folder: str | Path) -> MarForCausalLM:
                 f"{tuple(tensor.shape)}; config and weights do not belong together."
             )
     if unexpected := sorted(set(renamed) - set(expected)):
-        raise ValueError(f"The Llamba checkpoint has more layers than config.json says: {unexpected[0]!r}.")
+        raise ValueError(
+            f"The Llamba checkpoint has more layers than config.json says: {unexpected[0]!r}; config and weights do "
+            "not belong together, so fetch both again."
+        )
     student.load_state_dict(renamed)
     return student.eval()
 
@@ -298,4 +304,6 @@ def _llamba_config(source: dict[str, Any]) -> MarConfig:
             **MIXER_PRESETS["llamba"],
         )
     except KeyError as error:
-        raise ValueError(f"The Llamba config.json has no {error.args[0]!r}, which says the model's shape.") from error
+        raise ValueError(
+            f"The Llamba config.json has no {error.args[0]!r}, which says the model's shape; fetch it again."
+        ) from error

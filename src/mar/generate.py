@@ -8,8 +8,11 @@ not: load models, store what was written (mar.data), or measure it. Token ids in
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +25,10 @@ from transformers import Cache, DynamicCache, LlamaForCausalLM, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from mar.adapter import EngineCache, EngineModel, one_torch_thread
+from mar.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mar.kernels.paged import Pages, Prompt, read_prompt
 from mar.model import MarCache, MarForCausalLM
+from mar.processes import noted_interrupts
 from mar.sources import check_text
 
 SAMPLED_ROWS = 16
@@ -269,7 +274,10 @@ class Session:
         rendered = _render(self.tokenizer, [{"role": role, "content": content} for role, content in turns])
         _, found, following = rendered.partition(answer)
         if not found:
-            raise ValueError("The chat template leaves out the assistant's turns, so a conversation cannot go on.")
+            raise ValueError(
+                "The chat template leaves out the assistant's turns, so a conversation cannot go on; begin a new one "
+                "for each turn, or set another tokenizer.chat_template."
+            )
         ids = _ids(self.tokenizer, following)
         return ids[:, 1:] if ids.shape[1] and int(ids[0, 0]) == self._last else ids
 
@@ -287,6 +295,23 @@ class Session:
         yield str(self.tokenizer.decode(written, skip_special_tokens=True))[len(shown) :]
 
 
+@dataclass(frozen=True)
+class Draft:
+    """The folder of an interrupted text, and the settings (JSON values) that a call must share to go on with it."""
+
+    folder: Path
+    settings: dict[str, Any]
+
+    def load(self) -> Checkpoint | None:
+        """What was kept; None where nothing was, or of other settings."""
+        found = load_checkpoint(self.folder)
+        return found if found and found.state["settings"] == json.loads(json.dumps(self.settings)) else None
+
+    def save(self, tokens: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+        """Keep a text of so many tokens."""
+        save_checkpoint(self.folder, tokens, tensors, {"settings": self.settings, **state}, keep=1)
+
+
 @torch.inference_mode()
 def write_text(
     model: PreTrainedModel,
@@ -299,6 +324,7 @@ def write_text(
     seed: int = 0,
     progress: bool = False,
     dtype: torch.dtype = torch.bfloat16,
+    draft: Draft | None = None,
 ) -> list[Int[Tensor, " length"]]:
     """Documents that a LLaMA model writes itself: prompt, continuation, and the end-of-text token where it came to it.
 
@@ -307,7 +333,9 @@ def write_text(
     model's own distribution. The prompts are used in turn. Documents come in the order in which they were begun; those
     still open at the end are cut there. Equal arguments give equal documents on the same machine. dtype: of the weights
     to write with; the model given stays as it is (bf16 costs about 0.001 nats per token of KL and is twice as fast).
-    Raises ValueError for another architecture, an empty or too long prompt, and settings out of range.
+    draft: where to keep what is written at Ctrl-C; the same call then goes on from there, to the same documents.
+    Raises ValueError for another architecture, an empty or too long prompt, and settings out of range; with a draft
+    KeyboardInterrupt after Ctrl-C, when the draft is kept.
     """
     if not isinstance(model, LlamaForCausalLM):
         raise ValueError(f"write_text needs a LLaMA model and got a {type(model).__name__}; give it the teacher.")
@@ -332,29 +360,40 @@ def write_text(
     pages = Pages(model, slots, length)
     documents: list[list[int]] = []
 
-    def begin(slot: int) -> list[int]:
+    def begin(slot: int) -> int:
         number = len(documents) % len(openings)
         if number not in read:
             read[number] = read_prompt(model, openings[number])
         pages.admit(slot, read[number])
         first = sample(read[number].logits, temperature, generator=generator)
         documents.append([*openings[number].tolist(), int(first)])
-        return documents[-1]
+        return len(documents) - 1
 
-    current = [begin(slot) for slot in range(slots)]
-    total = sum(map(len, documents))
-    with _token_bar("writing text", tokens, progress) as advance:
+    with noted_interrupts() if draft else nullcontext() as interrupted, _token_bar(tokens, progress) as advance:
+        if (found := draft and draft.load()) is None:
+            held = [begin(slot) for slot in range(slots)]
+        else:
+            pages.restore(found.tensors["pages"], found.state["pages"])
+            generator.set_state(found.tensors["generator"]["state"])
+            documents += found.state["documents"]
+            held = found.state["held"]
+        total = sum(map(len, documents))
         while True:
             for slot in range(slots):
-                while total < tokens and (current[slot][-1] in ends or len(current[slot]) == length):
-                    current[slot] = begin(slot)
-                    total += len(current[slot])
+                while total < tokens and (documents[held[slot]][-1] in ends or len(documents[held[slot]]) == length):
+                    held[slot] = begin(slot)
+                    total += len(documents[-1])
             advance(total)
             if total >= tokens:
                 return [torch.tensor(document) for document in documents]
-            logits = pages.step([document[-1] for document in current])
-            for document, token in zip(current, sample(logits, temperature, generator=generator).tolist(), strict=True):
-                document.append(token)
+            if draft and interrupted and interrupted.is_set():
+                tensors, state = pages.state()
+                state = {"pages": state, "documents": documents, "held": held}
+                draft.save(total, {"pages": tensors, "generator": {"state": generator.get_state()}}, state)
+                raise KeyboardInterrupt(f"Stopped after {total:,} of {tokens:,} tokens; run again to go on from there.")
+            logits = pages.step([documents[number][-1] for number in held])
+            for number, token in zip(held, sample(logits, temperature, generator=generator).tolist(), strict=True):
+                documents[number].append(token)
             total += slots
 
 
@@ -367,9 +406,9 @@ def _in_dtype(model: LlamaForCausalLM, dtype: torch.dtype) -> LlamaForCausalLM:
 
 
 @contextmanager
-def _token_bar(title: str, total: int, shown: bool) -> Iterator[Callable[[int], None]]:
+def _token_bar(total: int, shown: bool) -> Iterator[Callable[[int], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,} of {task.total:,} tokens"))
     console = Console(stderr=True)
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=not shown, redirect_stdout=False) as bar:
-        task = bar.add_task(title, total=total)
+        task = bar.add_task("writing text", total=total)
         yield lambda done: bar.update(task, completed=min(done, total))

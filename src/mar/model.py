@@ -169,11 +169,16 @@ def spread_decay_bias(heads: int) -> Tensor:
 
 
 class MarCache(DynamicCache):
-    """A DynamicCache of convolution and recurrent states that also counts tokens, which `generate` asks for."""
+    """A DynamicCache of convolution and recurrent states that also counts tokens, which `generate` asks for.
+
+    mask: (b, tokens), False at padding; None as long as there was none. States do not tell, and a row that ended in
+    padding cannot go on.
+    """
 
     def __init__(self, config: MarConfig):
         super().__init__(config=config)
         self.tokens = 0
+        self.mask: Tensor | None = None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen, padding included."""
@@ -188,6 +193,12 @@ class MarCache(DynamicCache):
         """Forget everything."""
         super().reset()
         self.tokens = 0
+        self.mask = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take these rows, as beam search does."""
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+        self.mask = None if self.mask is None else self.mask[beam_idx]
 
 
 class MarModel(MarPreTrainedModel):
@@ -215,27 +226,38 @@ class MarModel(MarPreTrainedModel):
         """Hidden states (b, l, d) after the final norm.
 
         attention_mask: (b, l) or (b, past + l), zero at padding; ValueError where tokens follow padding that follows
-        tokens, as when right-padded rows are continued: pad on the left. document_ids: (b, l) for packed rows;
-        convolution, state and window restart where it changes. past_key_values: a MarCache made for this config.
+        tokens, in one call or over several, as when right-padded rows are continued: pad on the left. document_ids:
+        (b, l) for packed rows; convolution, state and window restart where it changes. past_key_values: a MarCache
+        made for this config.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give the model exactly one of input_ids and inputs_embeds.")
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled() and kernels.int8_entered():
+            raise ValueError(
+                "The model has gradient checkpointing on, and int8 products do not reach what that computes again; "
+                "call its gradient_checkpointing_disable(), or set precision to 'fp32' or 'bf16'."
+            )
         hidden = inputs_embeds if inputs_embeds is not None else self.embed_tokens(input_ids)
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
         if use_cache and past_key_values is None:
             past_key_values = MarCache(self.config)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        mask = _padding_mask(attention_mask, document_ids, hidden.shape[1], past)
+        states = [
+            None if past_key_values is None else _load_state(past_key_values, index, len(hidden), self.config)
+            for index in range(len(self.layers))
+        ]
+        whole = _whole_mask(attention_mask, document_ids, hidden.shape, past, getattr(past_key_values, "mask", None))
+        mask = None if whole is None or bool(whole[:, past:].all()) else whole[:, past:]
         kept = [hidden] if output_hidden_states else None
         for index, layer in enumerate(self.layers):
-            state = None if past_key_values is None else _load_state(past_key_values, index, len(hidden), self.config)
-            hidden, state = layer(hidden, state, mask, document_ids)
+            hidden, state = layer(hidden, states[index], mask, document_ids)
             if past_key_values is not None:
                 _store_state(past_key_values, index, state)
             if kept is not None:
                 kept.append(hidden)
         if isinstance(past_key_values, MarCache):
             past_key_values.tokens += hidden.shape[1]
+            past_key_values.mask = whole
         hidden = self.norm(hidden)
         if kept is not None:
             kept[-1] = hidden
@@ -246,30 +268,44 @@ class MarModel(MarPreTrainedModel):
         )
 
 
-def _padding_mask(attention_mask: Tensor | None, document_ids: Tensor | None, length: int, past: int) -> Tensor | None:
-    """(b, l) bool for the current tokens, or None where nothing is padded.
+def _whole_mask(
+    attention_mask: Tensor | None, document_ids: Tensor | None, shape: torch.Size, past: int, seen: Tensor | None
+) -> Tensor | None:
+    """(b, past + l) bool, False at padding, or None where nothing is padded.
 
-    Raises ValueError for other shapes, and for padding between the tokens of a document: it would take the place of
-    what precedes it in convolution and window.
+    shape: (b, l, d) of the new tokens. seen: (b, past), what this gave for the tokens in the cache. Raises ValueError
+    for masks of other shapes, for those that deny `seen`, and for padding between the tokens of a document: it would
+    take the place of what precedes it in convolution and window.
     """
+    rows, length = shape[:2]
     if attention_mask is None:
-        return None
-    if attention_mask.dim() != 2 or attention_mask.shape[1] not in (length, past + length):
+        if seen is None:
+            return None
+        attention_mask = seen.new_ones(rows, length)
+    if attention_mask.dim() != 2 or attention_mask.shape not in ((rows, length), (rows, past + length)):
         raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; give (rows, {length}), "
-            f"or (rows, {past + length}) with the tokens that the cache has seen."
+            f"attention_mask has shape {tuple(attention_mask.shape)}; give ({rows}, {length}), "
+            f"or ({rows}, {past + length}) with the tokens that the cache has seen."
         )
-    whole = attention_mask.bool()
-    if bool(whole.all()):
+    given = attention_mask.bool()
+    if seen is None and bool(given.all()):
         return None
-    mask = whole[:, whole.shape[1] - length :]
-    if document_ids is not None:
-        _check_padding(mask, segments(document_ids))
-    elif past and whole.shape[1] == length:  # what the cache has seen are tokens, as far as can be told
-        _check_padding(torch.cat([torch.ones_like(mask[:, :1]), mask], dim=1), None)
-    else:
-        _check_padding(whole, None)
-    return None if bool(mask.all()) else mask
+    before = given.new_ones(rows, past) if seen is None else seen
+    if given.shape[1] > length and not torch.equal(given[:, :past], before):
+        raise ValueError(
+            f"attention_mask has other padding among the {past} tokens that the cache has seen than the calls that it "
+            "saw them in; give those the same mask, or read the rows again without that cache."
+        )
+    new = given[:, given.shape[1] - length :]
+    whole = torch.cat([before, new], dim=1)
+    if not bool(whole[:, max(0, past - 1) :].all()):
+        # Of what the cache has seen it only matters whether a row has begun and whether it has ended.
+        ends = torch.cat([before.any(1, keepdim=True), before[:, -1:]], dim=1)
+        documents = None if document_ids is None else segments(document_ids)
+        if documents is not None:
+            documents = torch.cat([documents[:, :1].expand(ends.shape), documents], dim=1)
+        _check_padding(torch.cat([ends, new], dim=1), documents)
+    return whole
 
 
 def _check_padding(mask: Tensor, documents: Tensor | None) -> None:
@@ -280,8 +316,8 @@ def _check_padding(mask: Tensor, documents: Tensor | None) -> None:
             apart &= documents[row, index].diff() == 0
         if bool(apart.any()):
             raise ValueError(
-                f"attention_mask has padding between the tokens of row {row}; pad on the left "
-                "(tokenizer.padding_side = 'left'), and where rows go on from a cache give all their tokens' mask."
+                f"attention_mask has padding between the tokens of row {row}, those in the cache included; pad on the "
+                "left (tokenizer.padding_side = 'left')."
             )
 
 

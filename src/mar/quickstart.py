@@ -70,12 +70,15 @@ def refine_and_measure(recipe: Recipe, output: Path) -> dict[str, Any]:
         teacher = load_teacher(recipe.teacher)
     # Agreed on by all processes, so before the others leave.
     precision = resolve_precision("auto", process.device)  # type: ignore[arg-type]
-    if process.is_main_process:
-        announce(recipe, output, teacher)
+
+    def begin() -> None:
+        if process.is_main_process:
+            announce(recipe, output, teacher)
+
     # Text that is there already is read before the hours of training, because it may turn out to be missing or short.
     written_first = recipe.data.source == "teacher" and recipe.evaluation.data is None
     held_out = None if written_first else evaluation_rows(recipe, output, teacher)
-    refined = refine(recipe, output, teacher)
+    refined = refine(recipe, output, teacher, begin=begin)
     if not process.is_main_process:
         return {}
     students = {name: load_student(folder) for name, folder in refined.students.items()}
@@ -219,6 +222,7 @@ def estimate_minutes(recipe: Recipe, size: int, folder: Path) -> float:
         # Decoding is bound by memory: measured, a written token takes about as long as an aligned one.
         wanted = recipe.writing
         written = len(list(folder.glob("text/*/part-*.parquet"))) * wanted.batch_size * wanted.length
+        written += sum(int(path.name.removeprefix("step-")) for path in folder.glob("text/*/*.draft/step-*"))
         add("align", wanted.tokens + wanted.held_out_tokens - written, "auto")
     return seconds / 60 + 1
 

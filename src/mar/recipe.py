@@ -219,7 +219,7 @@ def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     try:
         whole = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"Recipe {path} is not YAML: {' '.join(str(error).split())}.") from error
+        raise ValueError(f"Recipe {path} is not YAML: {' '.join(str(error).split())}; mend it there.") from error
     for given in (whole, *map(_nested, settings)):
         if problem := _unknown_key(given, Recipe):
             raise ValueError(f"Recipe {path}: {problem}.")

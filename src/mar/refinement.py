@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from mar.checkpoint import explain_disk_full
 from mar.conversion import calibrate_mixers, convert_llama
 from mar.data import PackedRows, read_meta, write_documents
 from mar.folder import digest, load_student, read_provenance, save_student
-from mar.generate import write_text
+from mar.generate import Draft, write_text
 from mar.insertion import insert_neurons
 from mar.model import MarForCausalLM
 from mar.objective import Objective
@@ -47,11 +48,18 @@ class Refined:
     metrics: dict[str, dict[str, Any]]
 
 
-def refine(recipe: Recipe, folder: str | Path, teacher: Teacher | None = None, progress: bool = True) -> Refined:
+def refine(
+    recipe: Recipe,
+    folder: str | Path,
+    teacher: Teacher | None = None,
+    progress: bool = True,
+    begin: Callable[[], None] = lambda: None,
+) -> Refined:
     """Run a recipe in `folder`, or go on with it.
 
-    teacher: an already loaded one, to save time; it is moved to the device that the run computes on. Where a launcher
-    started several processes, all train and the main one alone writes, into a folder that all must see.
+    teacher: an already loaded one, to save time; it is moved to the device that the run computes on. begin: called
+    when the folder is known to be this recipe's, before any work. Where a launcher started several processes, all train
+    and the main one alone writes, into a folder that all must see.
     Raises ValueError where the folder holds another recipe's run, and before any work for a stage with a setting that
     its kind has no use for.
     """
@@ -62,6 +70,9 @@ def refine(recipe: Recipe, folder: str | Path, teacher: Teacher | None = None, p
         with this_process().main_process_first():
             teacher = load_teacher(recipe.teacher)
     run = _RefineRun(recipe, Path(folder), teacher, progress)
+    run.refuse_others()
+    begin()
+    run.folder.mkdir(parents=True, exist_ok=True)
     if recipe.data.source == "teacher":
         with run.process.main_process_first():
             run.write_text()
@@ -89,10 +100,36 @@ class _RefineRun:
         self.path = folder
         self.count = 0
         self.parent = teacher.source
-        folder.mkdir(parents=True, exist_ok=True)
+        self.digests: dict[Path, str] = {}
+
+    def refuse_others(self) -> None:
+        """Raise ValueError where text or a finished step is another recipe's or teacher's."""
+        if self.recipe.data.source == "teacher":
+            for split in ("train", "held_out"):
+                for part, path in enumerate(sorted((self.folder / "text" / split).glob("part-*.parquet"))):
+                    _refuse_other(path, read_meta(path), self._text_settings(split, part))
+        start = self.count, self.path, self.parent
+        for name in self._step_names():
+            folder = self._next_folder(name)
+            if not self._is_done(folder, self._settings(name)):
+                break
+            self._advance(folder)
+        self.count, self.path, self.parent = start
+
+    def _step_names(self) -> Iterator[str]:
+        yield "convert"
+        spiking = False
+        for name, stage in self.recipe.stages.items():
+            if stage.kind in SPIKING and not spiking:
+                spiking = True
+                yield "insert_neurons"
+            yield name
+
+    def _text_settings(self, split: str, part: int) -> dict[str, Any]:
+        return {"part": part, "split": split, **asdict(self.recipe.writing), "teacher": self.teacher.source}
 
     def write_text(self) -> None:
-        """Let the teacher write training and held-out text, in parts, so that an interruption loses one part only."""
+        """Let the teacher write training and held-out text, in parts: Ctrl-C loses nothing, a kill one part only."""
         wanted = self.recipe.writing
         for split, prompts, tokens in (
             ("train", TRAIN_PROMPTS, wanted.tokens),
@@ -101,7 +138,8 @@ class _RefineRun:
             done, part = 0, 0
             while done < tokens:
                 path = self.folder / "text" / split / f"part-{part:03d}.parquet"
-                settings = {"part": part, "split": split, **asdict(wanted), "teacher": self.teacher.source}
+                settings = self._text_settings(split, part)
+                draft = Draft(path.with_suffix(".draft"), settings)
                 if path.is_file():
                     _refuse_other(path, read_meta(path), settings)
                 else:
@@ -116,9 +154,11 @@ class _RefineRun:
                         temperature=wanted.temperature,
                         seed=wanted.seed * 10_000 + part,
                         progress=self.progress,
+                        draft=draft,
                     )
                     with explain_disk_full(self.folder):
                         write_documents(path, documents, {**settings, "tokens_written": sum(map(len, documents))})
+                shutil.rmtree(draft.folder, ignore_errors=True)
                 done += int(read_meta(path)["tokens_written"])
                 part += 1
 
@@ -185,7 +225,9 @@ class _RefineRun:
     def _advance(self, folder: Path) -> None:
         self.count += 1
         self.path = folder
-        self.parent = {"kind": "stage", "name": folder.name, "sha256": digest(folder)}
+        if folder not in self.digests:
+            self.digests[folder] = digest(folder)
+        self.parent = {"kind": "stage", "name": folder.name, "sha256": self.digests[folder]}
 
     def _settings(self, name: str) -> dict[str, Any]:
         """What decides this step's outcome, so that a changed recipe is not mistaken for a finished one."""

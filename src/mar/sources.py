@@ -124,7 +124,9 @@ def find_column(columns: Iterable[str], config: DataConfig, where: str) -> str:
 def _turn(turn: dict[str, Any], where: str) -> dict[str, str]:
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
     if not isinstance(role, str) or not isinstance(content, str):
-        raise ValueError(f"{where}: a turn needs role and content (or from and value) as text, not {sorted(turn)}.")
+        raise ValueError(
+            f"{where}: a turn needs role and content (or from and value) as text, not {sorted(turn)}; mend it."
+        )
     return {"role": ROLES.get(role, role), "content": content}
 
 
@@ -186,7 +188,7 @@ class HubStream:
         except ValueError as error:
             raise ValueError(
                 f"the data set {self._name!r} does not fit data.hub_config {config.hub_config!r} and data.hub_split "
-                f"{split!r} ({first_line(error)})."
+                f"{split!r} ({first_line(error)}); set them to what it has."
             ) from error
         except Exception as error:  # the client raises errors of several libraries, each about the network or the name
             raise OSError(

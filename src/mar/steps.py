@@ -7,13 +7,15 @@ Does: what the verbs of these names do, and refuse folders that do not fit each 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mar.checkpoint import LOCK, alone_in
 from mar.conversion import calibrate_mixers, convert_llama, convert_llamba
 from mar.data import PackedRows
 from mar.folder import digest, load_student, load_tokenizer, read_provenance, save_student
@@ -36,28 +38,30 @@ OWN_SETTINGS = ("alpha", "beta", "features", "trained", "energy_target", "energy
 
 def convert_to_folder(source: str, output: Path, preset: str, init: str, text: str | None) -> MarForCausalLM:
     """The dense student of a LLaMA or of a published Llamba folder, written to `output`; see `mar convert`."""
-    _refuse_taken(output)
-    if _is_llamba(Path(source)):
-        if text is not None or preset == "hybrid":
-            raise ValueError(
-                f"{source} is a Llamba folder: it is taken as it was published, with mixers of its own; leave out "
-                "--text and --preset."
-            )
-        preset, init = "llamba", "published"
-        student = convert_llamba(source)
-        tokenizer = load_tokenizer(source)
-        origin: dict[str, Any] = {"kind": "llamba", "name": source, "sha256": digest(Path(source))}
-    else:
-        teacher = load_teacher(source)
-        student = convert_llama(teacher.model, preset, init)
-        tokenizer, origin = teacher.tokenizer, teacher.source
-        if text is not None:
-            say(f"Calibrating mixers on the first rows of {text}.")
-            rows = PackedRows(DataConfig(source=text), tokenizer)
-            calibrate_mixers(student, teacher.model, next(iter(rows.batches(4))))
-    provenance = {"step": "convert", "settings": {"preset": preset, "init": init, "text": text}, "parent": origin}
-    save_student(student, tokenizer, output, {**provenance, "teacher": origin, "tokens": 0, "metrics": {}})
-    return student
+    with _alone_in_new(output):
+        if _is_llamba(Path(source)):
+            if text is not None or preset == "hybrid":
+                raise ValueError(
+                    f"{source} is a Llamba folder: it is taken as it was published, with mixers of its own; leave out "
+                    "--text and --preset."
+                )
+            preset, init = "llamba", "published"
+            student = convert_llamba(source)
+            tokenizer = load_tokenizer(source)
+            origin: dict[str, Any] = {"kind": "llamba", "name": source, "sha256": digest(Path(source))}
+        else:
+            teacher = load_teacher(source)
+            student = convert_llama(teacher.model, preset, init)
+            tokenizer, origin = teacher.tokenizer, teacher.source
+            if text is not None:
+                say(f"Calibrating mixers on the first rows of {text}.")
+                rows = PackedRows(DataConfig(source=text), tokenizer)
+                batch = next(iter(rows.batches(4)))
+                say_if_short(rows, text, batch["input_ids"].numel())
+                calibrate_mixers(student, teacher.model, batch)
+        provenance = {"step": "convert", "settings": {"preset": preset, "init": init, "text": text}, "parent": origin}
+        save_student(student, tokenizer, output, {**provenance, "teacher": origin, "tokens": 0, "metrics": {}})
+        return student
 
 
 def insert_to_folder(
@@ -109,54 +113,56 @@ def _spiking_to_folder(
     tokens: int,
     make: Callable[[MarForCausalLM, PackedRows], MarForCausalLM],
 ) -> tuple[MarForCausalLM, dict[str, float]]:
-    _refuse_taken(output)
-    student, tokenizer = load_student(model), load_tokenizer(model)
-    rows = PackedRows(DataConfig(source=text), tokenizer, vocab_size=student.config.vocab_size)
-    say(f"Setting thresholds on {tokens:,} tokens of {text}, read again where it is shorter.")
-    spiking = make(student, rows)
-    provenance = {
-        "step": step,
-        "settings": {**settings, "text": text, "tokens": tokens},
-        "parent": _source(model),
-        "teacher": _teacher(model),
-    }
-    rows.rewind()
-    with SpikeMonitor(spiking, f"the first tokens of {text}") as monitor, torch.inference_mode():
-        spiking(**next(iter(rows.batches(1))))
-    summary = monitor.summary()
-    if silent := [f"{site.site} of layer {site.layer}" for site in summary.sites if not site.spikes]:
-        say(
-            f"{len(silent)} of {len(summary.sites)} neuron sites never fired on the first row, {silent[0]} among them, "
-            "so their linears see nothing; a larger spike budget wakes them."
-        )
-    totals = summary.totals
-    rates = {"spikes_per_mac": totals.spikes_per_mac, "nonzero_per_mac": totals.nonzero_per_mac}
-    save_student(spiking, tokenizer, output, {**provenance, "tokens": 0, "metrics": rates})
-    return spiking, rates
+    with _alone_in_new(output):
+        student, tokenizer = load_student(model), load_tokenizer(model)
+        rows = PackedRows(DataConfig(source=text), tokenizer, vocab_size=student.config.vocab_size)
+        say(f"Setting thresholds on {tokens:,} tokens of {text}.")
+        spiking = make(student, rows)
+        say_if_short(rows, text, tokens)
+        provenance = {
+            "step": step,
+            "settings": {**settings, "text": text, "tokens": tokens},
+            "parent": _source(model),
+            "teacher": _teacher(model),
+        }
+        rows.rewind()
+        with SpikeMonitor(spiking, f"the first tokens of {text}") as monitor, torch.inference_mode():
+            spiking(**next(iter(rows.batches(1))))
+        summary = monitor.summary()
+        if silent := [f"{site.site} of layer {site.layer}" for site in summary.sites if not site.spikes]:
+            say(
+                f"{len(silent)} of {len(summary.sites)} neuron sites never fired on the first row, {silent[0]} among "
+                "them, so their linears see nothing; a larger spike budget wakes them."
+            )
+        totals = summary.totals
+        rates = {"spikes_per_mac": totals.spikes_per_mac, "nonzero_per_mac": totals.nonzero_per_mac}
+        save_student(spiking, tokenizer, output, {**provenance, "tokens": 0, "metrics": rates})
+        return spiking, rates
 
 
 def pack_to_folder(
     model: Path, output: Path, precision: str, head: str, text: str | None = None, tokens: int = 8192
 ) -> int:
     """A MAR folder with its weights in small integers, written to `output`; see `mar pack`. Returns its bytes."""
-    _refuse_taken(output)
-    if tokens < 1:
-        raise ValueError(f"The tokens to calibrate rounding on are {tokens}; use at least 1.")
-    if read_config(model).get("compact") is not None:
-        raise ValueError(f"{model} is compact already; give the folder that it was made from.")
-    student, tokenizer = load_student(model), load_tokenizer(model)
-    compact = {"precision": precision, "head": head}
-    settings: dict[str, Any] = dict(compact)
-    moments = None
-    if text is not None:
-        say(f"Running {tokens:,} tokens of {text}, read again where it is shorter, through {model}.")
-        rows = PackedRows(DataConfig(source=text), tokenizer, vocab_size=student.config.vocab_size)
-        moments = input_moments(student, rows.batches(1), tokens)
-        settings |= {"text": text, "tokens": tokens}
-    provenance = {"step": "pack", "settings": settings, "parent": _source(model), "teacher": _teacher(model)}
-    say(f"Rounding to {precision}.")
-    save_student(student, tokenizer, output, {**provenance, "tokens": 0, "metrics": {}}, compact, moments)
-    return sum(file.stat().st_size for file in output.iterdir())
+    with _alone_in_new(output):
+        if tokens < 1:
+            raise ValueError(f"The tokens to calibrate rounding on are {tokens}; use at least 1.")
+        if read_config(model).get("compact") is not None:
+            raise ValueError(f"{model} is compact already; give the folder that it was made from.")
+        student, tokenizer = load_student(model), load_tokenizer(model)
+        compact = {"precision": precision, "head": head}
+        settings: dict[str, Any] = dict(compact)
+        moments = None
+        if text is not None:
+            say(f"Running {tokens:,} tokens of {text} through {model}.")
+            rows = PackedRows(DataConfig(source=text), tokenizer, vocab_size=student.config.vocab_size)
+            moments = input_moments(student, rows.batches(1), tokens)
+            say_if_short(rows, text, tokens)
+            settings |= {"text": text, "tokens": tokens}
+        provenance = {"step": "pack", "settings": settings, "parent": _source(model), "teacher": _teacher(model)}
+        say(f"Rounding to {precision}.")
+        save_student(student, tokenizer, output, {**provenance, "tokens": 0, "metrics": {}}, compact, moments)
+        return sum(file.stat().st_size for file in output.iterdir())
 
 
 def train_to_folder(stage: StageConfig, student: Path, output: Path, teacher: str, data: DataConfig) -> dict[str, Any]:
@@ -203,6 +209,37 @@ def train_to_folder(stage: StageConfig, student: Path, output: Path, teacher: st
         save_student(model.eval(), tokenizer, output, {**provenance, "tokens": metrics["tokens"], "metrics": metrics})
     process.wait_for_everyone()
     return metrics
+
+
+def say_if_short(rows: PackedRows, text: str, tokens: int) -> None:
+    """Say on stderr that `rows`, which gave so many tokens of `text`, had to read it again for them."""
+    if again := rows.state_dict()["epoch"]:
+        say(
+            f"{text} is shorter than {tokens:,} tokens and was read {again + 1:,} times; what comes of it may not hold "
+            "for other text, so give more."
+        )
+
+
+@contextmanager
+def _alone_in_new(output: Path) -> Iterator[None]:
+    """A new folder to write a model into, for this process alone; where that fails, what was made for it goes.
+
+    Raises ValueError where the folder holds a model, cannot be written, or is being written by another process.
+    """
+    _refuse_taken(output)
+    made = [place for place in (output, *output.parents) if not place.exists()]
+    try:
+        with alone_in(output):
+            _refuse_taken(output)  # again: another process may just have finished there
+            try:
+                yield
+            finally:
+                (output / LOCK).unlink(missing_ok=True)  # no part of a model
+    except BaseException:
+        for place in made:
+            with suppress(OSError):  # it is not empty
+                place.rmdir()
+        raise
 
 
 def _refuse_taken(output: Path) -> None:

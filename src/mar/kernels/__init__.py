@@ -21,6 +21,7 @@ __all__ = [
     "Int8Products",
     "backends",
     "causal_conv",
+    "int8_entered",
     "int8_head",
     "int8_runs",
     "mean_spikes",
@@ -93,6 +94,11 @@ def staircase_takes(current: Tensor) -> bool:
 def int8_head(weight: Tensor, hidden: Tensor) -> int8.Head | None:
     """The head in int8, if `Int8Products` is entered and it can be: `hidden` are all states that it will multiply."""
     return int8.head(weight, hidden)
+
+
+def int8_entered() -> bool:
+    """Whether `Int8Products` is entered."""
+    return int8.entered()
 
 
 def int8_runs() -> bool:

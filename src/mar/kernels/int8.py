@@ -40,7 +40,10 @@ _entered: list[TorchFunctionMode] = []
 
 class Int8Products(TorchFunctionMode):
     """While it is entered, every linear layer that `takes` its tensors runs in int8, and the heads' products of
-    `mar.losses` on their way forward; all else stays as it is."""
+    `mar.losses` on their way forward; all else stays as it is.
+
+    What gradient checkpointing computes again within `backward` stays too, as torch suspends a mode there: MarModel
+    refuses the two together."""
 
     def __enter__(self) -> Self:
         _entered.append(self)
@@ -182,9 +185,14 @@ class Head:
         _product(*_rounded(dense_rows(hidden), self.inverse, whole=False), *self.weight, out)
 
 
+def entered() -> bool:
+    """Whether `Int8Products` is."""
+    return bool(_entered)
+
+
 def head(weight: Float[Tensor, "words d"], hidden: Float[Tensor, "n d"]) -> Head | None:
     """The head in int8, if `Int8Products` is entered and it can be."""
-    return Head(weight.detach(), hidden.detach()) if _entered and takes(hidden, weight) else None
+    return Head(weight.detach(), hidden.detach()) if entered() and takes(hidden, weight) else None
 
 
 class _Int8Linear(torch.autograd.Function):

@@ -80,6 +80,21 @@ class Pages:
             self.values[:, page] = prompt.values[:, number]
         self.lengths[slot] = prompt.length
 
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The pages in use and, as JSON values, whose they are: for `restore`."""
+        used = 1 + max(map(max, self.owned))
+        tensors = {"keys": self.keys[:, :used], "values": self.values[:, :used]}
+        return tensors, {"owned": self.owned, "lengths": self.lengths}
+
+    def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Go back to what `state` gave, of as many slots and as long documents."""
+        used = tensors["keys"].shape[1]
+        self.keys[:, :used] = tensors["keys"]
+        self.values[:, :used] = tensors["values"]
+        self.owned, self.lengths = state["owned"], state["lengths"]
+        taken = {page for pages in self.owned for page in pages}
+        self.free = [page for page in range(self.keys.shape[1]) if page not in taken]
+
     def step(self, tokens: list[int]) -> Float[Tensor, "slots vocab"]:
         """Append one token to each document; logits (slots, V) after it."""
         device = self.keys.device

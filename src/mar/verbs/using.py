@@ -167,12 +167,12 @@ def _count_spikes(model: str | Path, text: str, tokens: int) -> SpikeReport:
     from mar.folder import load_student, load_tokenizer
     from mar.results import spike_rates
     from mar.sources import DataConfig
+    from mar.steps import say_if_short
 
     student = load_student(model)
     rows = PackedRows(DataConfig(source=text, length=min(512, tokens)), load_tokenizer(model))
     batch = next(iter(rows.batches(max(1, tokens // rows.length))))
-    if again := rows.state_dict()["epoch"]:
-        print(f"{text} is shorter than {tokens:,} tokens and was read {again + 1:,} times.", file=sys.stderr)
+    say_if_short(rows, text, tokens)
     return spike_rates(student, batch, text)
 
 
