@@ -401,13 +401,30 @@ void block_i8(Block block, int inputs, const float* scales, const std::int8_t* c
 namespace {
 
 constexpr int kQuads = kGroup / kQuad;
-constexpr int kMostQuads = 8;  // so many times four codes of 127 by nibbles of 15 fit 16 bits, two and two
 constexpr int kLine = kQuarter * kQuad;
+constexpr int kTokens = 256;  // whose starts are kept
 
-// Sums of two inputs of four, side by side in 16 bits.
+// What a group's two 16-bit sums start from: -8 times the codes that each of them takes, two of every four. Sums are taken
+// modulo 2^16 and are right in the end, as 32 codes of 127 times nibbles less 8 fit 16 bits.
+inline std::int32_t start_of(const std::int8_t* codes, int count) {
+  std::int8_t whole[kGroup] = {};
+  std::memcpy(whole, codes, count);
+  const __m256i ones = _mm256_set1_epi8(1);
+  const __m256i twos = _mm256_add_epi16(_mm256_maddubs_epi16(ones, load<__m256i>(whole)),
+                                        _mm256_maddubs_epi16(ones, load<__m256i>(whole + kGroup / 2)));
+  __m128i sums = _mm_add_epi16(_mm256_castsi256_si128(twos), _mm256_extracti128_si256(twos, 1));
+  sums = _mm_add_epi16(sums, _mm_shuffle_epi32(sums, 0x4e));
+  sums = _mm_add_epi16(sums, _mm_shuffle_epi32(sums, 0xb1));
+  return _mm_cvtsi128_si32(_mm_sub_epi16(_mm_setzero_si128(), _mm_slli_epi16(sums, 3)));
+}
+
+// A group's sums, of two inputs of every four side by side in 16 bits; starts: of a token's groups.
 template <int M>
-inline Sums<M> dots_i4(const std::int8_t* codes, std::size_t stride, const std::uint8_t* weights, int quads) {
-  Sums<M> sums = {};
+inline Sums<M> dots_i4(const std::int8_t* codes, std::size_t stride, const std::uint8_t* weights, int quads,
+                       const std::int32_t* starts, int groups) {
+  Sums<M> sums;
+#pragma GCC unroll 6
+  for (int m = 0; m < M; ++m) sums.of[m][0] = sums.of[m][1] = _mm256_set1_epi32(starts[m * groups]);
   for (int i = 0; i < quads; ++i) {
     const __m256i w[2] = {load<__m256i>(weights + i * kLine), load<__m256i>(weights + i * kLine + kLine / 2)};
 #pragma GCC unroll 6
@@ -423,25 +440,19 @@ inline Sums<M> dots_i4(const std::int8_t* codes, std::size_t stride, const std::
 // scales: fp32, of each group 64.
 template <int M>
 inline void tile_i4(const std::int8_t* codes, std::size_t stride, const std::uint8_t* weights, int quads,
-                    const float* scales, const std::int32_t* sums, int groups, const float* token_scales, float* out,
+                    const float* scales, const std::int32_t* starts, int groups, const float* token_scales, float* out,
                     std::size_t out_stride) {
   const __m256i ones = _mm256_set1_epi16(1);
   __m256 totals[M][2] = {};
   for (int g = 0; g < groups; ++g) {
-    const int here = std::min(kQuads, quads - g * kQuads), some = std::min(kMostQuads, here);
-    const std::int8_t* code = codes + g * kGroup;
-    const std::uint8_t* line = weights + g * kQuads * kLine;
-    const Sums<M> first = dots_i4<M>(code, stride, line, some);
-    const Sums<M> rest = dots_i4<M>(code + some * kQuad, stride, line + some * kLine, here - some);
+    const Sums<M> found = dots_i4<M>(codes + g * kGroup, stride, weights + g * kQuads * kLine,
+                                     std::min(kQuads, quads - g * kQuads), starts + g, groups);
 #pragma GCC unroll 6
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 2
-      for (int v = 0; v < 2; ++v) {
-        const __m256i found =
-            _mm256_add_epi32(_mm256_madd_epi16(first.of[m][v], ones), _mm256_madd_epi16(rest.of[m][v], ones));
-        const __m256i less = _mm256_set1_epi32(8 * sums[m * groups + g]);
-        totals[m][v] += _mm256_cvtepi32_ps(_mm256_sub_epi32(found, less)) * load<__m256>(scales + g * kSlice + v * kEight);
-      }
+      for (int v = 0; v < 2; ++v)
+        totals[m][v] += _mm256_cvtepi32_ps(_mm256_madd_epi16(found.of[m][v], ones)) *
+                        load<__m256>(scales + g * kSlice + v * kEight);
   }
   for (int m = 0; m < M; ++m) {
     const float factor = token_scales ? token_scales[m] : 1.0f;
@@ -449,14 +460,18 @@ inline void tile_i4(const std::int8_t* codes, std::size_t stride, const std::uin
   }
 }
 
-}  // namespace
-
-void block_i4(Block block, int inputs, const std::uint16_t* scales, std::size_t scale_stride, const std::int8_t* codes,
-              const std::int32_t* sums, const float* token_scales, int tokens, float* out, std::size_t out_stride,
-              std::uint8_t* scratch) {
+// Up to kTokens tokens; scratch: of block_i4.
+inline void some_i4(Block block, int inputs, const std::uint16_t* scales, std::size_t scale_stride,
+                    const std::int8_t* codes, const float* token_scales, int tokens, float* out,
+                    std::size_t out_stride, std::uint8_t* scratch) {
   const int quads = inputs / kQuad, groups = (inputs + kGroup - 1) / kGroup;
   const __m128i low_half = _mm_set1_epi8(15);
   float* floats = reinterpret_cast<float*>(scratch + static_cast<std::size_t>(inputs) * kSlice);
+  auto* starts = reinterpret_cast<std::int32_t*>(floats + groups * kSlice);
+  for (int m = 0; m < tokens; ++m)
+    for (int g = 0; g < groups; ++g)
+      starts[m * groups + g] = start_of(codes + static_cast<std::size_t>(m) * inputs + g * kGroup,
+                                        std::min(kGroup, inputs - g * kGroup));
   for (int s = 0; s < block.slices; ++s) {
     // A line holds two slices: the even one in its low nibbles, the odd one in its high ones.
     for (int i = 0; i < quads; ++i)
@@ -474,12 +489,23 @@ void block_i4(Block block, int inputs, const std::uint16_t* scales, std::size_t 
     for (int q = 0; q < kQuarters; ++q) {
 #define MAR_CALL(M)                                                                                                  \
   tile_i4<M>(codes + static_cast<std::size_t>(m) * inputs, inputs, scratch + q * quads * kLine, quads,               \
-             floats + q * kQuarter, sums + static_cast<std::size_t>(m) * groups, groups,                             \
+             floats + q * kQuarter, starts + m * groups, groups,                                                     \
              token_scales ? token_scales + m : nullptr, out + m * out_stride + s * kSlice + q * kQuarter, out_stride)
       MAR_TILES(0, 4, 2, MAR_CALL)
 #undef MAR_CALL
     }
   }
+}
+
+}  // namespace
+
+void block_i4(Block block, int inputs, const std::uint16_t* scales, std::size_t scale_stride, const std::int8_t* codes,
+              const std::int32_t*, const float* token_scales, int tokens, float* out, std::size_t out_stride,
+              std::uint8_t* scratch) {
+  for (int m = 0; m < tokens; m += kTokens)
+    some_i4(block, inputs, scales, scale_stride, codes + static_cast<std::size_t>(m) * inputs,
+            token_scales ? token_scales + m : nullptr, std::min(kTokens, tokens - m), out + m * out_stride, out_stride,
+            scratch);
 }
 
 #else
