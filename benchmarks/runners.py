@@ -27,7 +27,8 @@ from mar.engine.pack import HEADS, TWO_STEP, open_packed
 from mar.teachers import load_teacher
 from timing import turns
 
-OURS, OFF, TRANSFORMERS = "ours", "neurons_off", "transformers_bf16"
+OURS, OFF = "ours", "neurons_off"
+TRANSFORMERS = {"transformers_bf16": torch.bfloat16, "transformers_fp32": torch.float32}
 DOCS = Path(__file__).parents[1] / "docs"
 LARGE = 16
 """Rows of a head in two steps that are read in int8 (kLarge of csrc/model.cpp)."""
@@ -204,6 +205,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", default="int8", help="of the engine's weights")
     parser.add_argument("--head", choices=HEADS, default=TWO_STEP, help="of the engine's embedding and output head")
     parser.add_argument("--teacher", default="smollm2-135m", help="the dense LLaMA that transformers runs")
+    parser.add_argument(
+        "--teacher-precision", choices=("bf16", "fp32"), default="bf16", help="of it; `mar info` says which is faster"
+    )
     parser.add_argument("--peer-python", type=Path, help="Python of an environment with llama-cpp-python")
     parser.add_argument("--peer-gguf", type=Path, nargs="+", default=[], help="the same LLaMA for llama.cpp")
     parser.add_argument("--text", type=Path, nargs="+", help="plain text; by default the pages of the documentation")
@@ -222,7 +226,8 @@ def started(options: argparse.Namespace) -> Iterator[dict[str, Runner]]:
         for file in options.peer_gguf:
             peer = stack.enter_context(LlamaPeer(options.peer_python, file))
             runners[peer.info["quantisation"].lower()] = LlamaRunner(peer)
-        runners[TRANSFORMERS] = TransformersRunner(load_teacher(options.teacher, torch.bfloat16).model)
+        name = f"transformers_{options.teacher_precision}"
+        runners[name] = TransformersRunner(load_teacher(options.teacher, TRANSFORMERS[name]).model)
         yield runners
 
 
@@ -235,7 +240,7 @@ def text_tokens(files: list[Path] | None, folder: Path, count: int) -> list[int]
 
 def with_best(ratio: dict[str, float]) -> dict[str, float]:
     """Ours over each other runner, and over the fastest file of llama.cpp."""
-    llama = [value for name, value in ratio.items() if name not in (OURS, OFF, TRANSFORMERS)]
+    llama = [value for name, value in ratio.items() if name not in (OURS, OFF, *TRANSFORMERS)]
     return ratio | ({"best_llama_cpp": min(llama)} if llama else {})
 
 

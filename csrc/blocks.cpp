@@ -1,6 +1,7 @@
 // Many tokens through a linear: dense products of their values or codes with a block of weights. Compiled once per
 // instruction set. Does: bring weights into the order of the multiplying instruction, once for all tokens. Does not:
 // skip anything that is zero (rows.cpp does).
+#include "avx2.hpp"
 #include "engine_kernels.hpp"
 #include "engine_vectors.hpp"
 
@@ -94,7 +95,7 @@ void block_bf16(Block block, int inputs, const float* values, int tokens, float*
   for (int s = 0; s < block.slices; ++s) {
     for (int i = 0; i < inputs; ++i) {
       const auto* row = reinterpret_cast<const std::uint16_t*>(block.rows + block.stride * i) + s * kSlice;
-      for (int v = 0; v < 4; ++v) store(weights + i * kSlice + v * kLanes, bf16_to_float(row + v * kLanes));
+      for (int v = 0; v < kParts; ++v) store(weights + i * kSlice + v * kLanes, bf16_to_float(row + v * kLanes));
     }
     product(values, inputs, weights, kSlice, inputs, tokens, out + s * kSlice, out_stride, false);
   }
@@ -305,6 +306,206 @@ void block_i4(Block block, int inputs, const std::uint16_t* scales, std::size_t 
 #undef MAR_CALL
     }
   }
+}
+
+#elif defined(__AVX2__)
+
+namespace {
+
+// Weights are multiplied in quarters of a slice: two vectors of 8 outputs, of which 6 tokens' sums stay in registers.
+constexpr int kEight = 8;
+constexpr int kQuarter = 2 * kEight;
+constexpr int kQuarters = kSlice / kQuarter;
+
+template <int M>
+struct Sums {
+  __m256i of[M][2];
+};
+
+inline __m256i four_bytes(const void* from) {
+  std::int32_t four;
+  std::memcpy(&four, from, 4);
+  return _mm256_set1_epi32(four);
+}
+
+// Pairs of inputs in 16 bits: 255 times 127 is too much for the pairs of bytes that AVX2 adds up in 16.
+template <int M>
+inline Sums<M> dots_i8(const std::int16_t* codes, std::size_t stride, const std::int16_t* weights, int pairs) {
+  Sums<M> sums = {};
+  for (int i = 0; i < pairs; ++i) {
+    const __m256i w[2] = {load<__m256i>(weights + 2 * i * kQuarter), load<__m256i>(weights + (2 * i + 1) * kQuarter)};
+#pragma GCC unroll 6
+    for (int m = 0; m < M; ++m) {
+      const __m256i x = four_bytes(codes + m * stride + 2 * i);
+      sums.of[m][0] = plus_32(sums.of[m][0], _mm256_madd_epi16(w[0], x));
+      sums.of[m][1] = plus_32(sums.of[m][1], _mm256_madd_epi16(w[1], x));
+    }
+  }
+  return sums;
+}
+
+inline void widen(const std::int8_t* from, int count, std::int16_t* to) {
+  int i = 0;
+  for (; i + 16 <= count; i += 16) store(to + i, _mm256_cvtepi8_epi16(load<__m128i>(from + i)));
+  for (; i < count; ++i) to[i] = from[i];
+}
+
+// Integer sums to floats, each times its output's scale and the token's.
+inline void store_scaled(__m256i sums, std::int32_t less, const float* scales, float factor, float* out) {
+  const __m256 total = _mm256_cvtepi32_ps(_mm256_sub_epi32(sums, _mm256_set1_epi32(less)));
+  store(out, total * (load<__m256>(scales) * factor));
+}
+
+// M tokens by a slice, whose quarters lie one after the other. `wide`: room for the tokens' codes.
+template <int M>
+inline void tile_i8(const std::int8_t* codes, int inputs, const std::int16_t* weights, std::int16_t* wide,
+                    const float* scales, const std::int32_t* sums, const float* token_scales, float* out,
+                    std::size_t out_stride) {
+  widen(codes, M * inputs, wide);
+  for (int q = 0; q < kQuarters; ++q) {
+    const Sums<M> found = dots_i8<M>(wide, inputs, weights + q * inputs * kQuarter, inputs / 2);
+#pragma GCC unroll 6
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) {
+        const int column = q * kQuarter + v * kEight;
+        store_scaled(found.of[m][v], 128 * sums[m], scales + column, token_scales ? token_scales[m] : 1.0f,
+                     out + m * out_stride + column);
+      }
+  }
+}
+
+}  // namespace
+
+void block_i8(Block block, int inputs, const float* scales, const std::int8_t* codes, const std::int32_t* sums,
+              const float* token_scales, int tokens, float* out, std::size_t out_stride, std::uint8_t* scratch) {
+  auto* weights = reinterpret_cast<std::int16_t*>(scratch);
+  std::int16_t* wide = weights + inputs * kSlice;
+  for (int s = 0; s < block.slices; ++s) {
+    for (int i = 0; i < inputs; i += 2)
+      for (int q = 0; q < kQuarters; ++q) {
+        const std::uint8_t* row = block.rows + block.stride * i + s * kSlice + q * kQuarter;
+        const __m128i even = load<__m128i>(row), odd = load<__m128i>(row + block.stride);
+        std::int16_t* to = weights + (q * inputs + i) * kQuarter;
+        store(to, _mm256_cvtepu8_epi16(_mm_unpacklo_epi8(even, odd)));
+        store(to + kQuarter, _mm256_cvtepu8_epi16(_mm_unpackhi_epi8(even, odd)));
+      }
+#define MAR_CALL(M)                                                                                                  \
+  tile_i8<M>(codes + static_cast<std::size_t>(m) * inputs, inputs, weights, wide, scales + s * kSlice, sums + m,     \
+             token_scales ? token_scales + m : nullptr, out + m * out_stride + s * kSlice, out_stride)
+    MAR_TILES(0, 6, 2, MAR_CALL)
+#undef MAR_CALL
+  }
+}
+
+namespace {
+
+constexpr int kQuads = kGroup / kQuad;
+constexpr int kLine = kQuarter * kQuad;
+constexpr int kTokens = 256;  // whose starts are kept
+
+// What a group's two 16-bit sums start from: -8 times the codes that each of them takes, two of every four. Sums are taken
+// modulo 2^16 and are right in the end, as 32 codes of 127 times nibbles less 8 fit 16 bits.
+inline std::int32_t start_of(const std::int8_t* codes, int count) {
+  std::int8_t whole[kGroup] = {};
+  std::memcpy(whole, codes, count);
+  const __m256i ones = _mm256_set1_epi8(1);
+  const __m256i twos = _mm256_add_epi16(_mm256_maddubs_epi16(ones, load<__m256i>(whole)),
+                                        _mm256_maddubs_epi16(ones, load<__m256i>(whole + kGroup / 2)));
+  __m128i sums = _mm_add_epi16(_mm256_castsi256_si128(twos), _mm256_extracti128_si256(twos, 1));
+  sums = _mm_add_epi16(sums, _mm_shuffle_epi32(sums, 0x4e));
+  sums = _mm_add_epi16(sums, _mm_shuffle_epi32(sums, 0xb1));
+  return _mm_cvtsi128_si32(_mm_sub_epi16(_mm_setzero_si128(), _mm_slli_epi16(sums, 3)));
+}
+
+// A group's sums, of two inputs of every four side by side in 16 bits; starts: of a token's groups.
+template <int M>
+inline Sums<M> dots_i4(const std::int8_t* codes, std::size_t stride, const std::uint8_t* weights, int quads,
+                       const std::int32_t* starts, int groups) {
+  Sums<M> sums;
+#pragma GCC unroll 6
+  for (int m = 0; m < M; ++m) sums.of[m][0] = sums.of[m][1] = _mm256_set1_epi32(starts[m * groups]);
+  for (int i = 0; i < quads; ++i) {
+    const __m256i w[2] = {load<__m256i>(weights + i * kLine), load<__m256i>(weights + i * kLine + kLine / 2)};
+#pragma GCC unroll 6
+    for (int m = 0; m < M; ++m) {
+      const __m256i x = four_bytes(codes + m * stride + i * kQuad);
+      sums.of[m][0] = plus_16(sums.of[m][0], _mm256_maddubs_epi16(w[0], x));
+      sums.of[m][1] = plus_16(sums.of[m][1], _mm256_maddubs_epi16(w[1], x));
+    }
+  }
+  return sums;
+}
+
+// scales: fp32, of each group 64.
+template <int M>
+inline void tile_i4(const std::int8_t* codes, std::size_t stride, const std::uint8_t* weights, int quads,
+                    const float* scales, const std::int32_t* starts, int groups, const float* token_scales, float* out,
+                    std::size_t out_stride) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  __m256 totals[M][2] = {};
+  for (int g = 0; g < groups; ++g) {
+    const Sums<M> found = dots_i4<M>(codes + g * kGroup, stride, weights + g * kQuads * kLine,
+                                     std::min(kQuads, quads - g * kQuads), starts + g, groups);
+#pragma GCC unroll 6
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v)
+        totals[m][v] += _mm256_cvtepi32_ps(_mm256_madd_epi16(found.of[m][v], ones)) *
+                        load<__m256>(scales + g * kSlice + v * kEight);
+  }
+  for (int m = 0; m < M; ++m) {
+    const float factor = token_scales ? token_scales[m] : 1.0f;
+    for (int v = 0; v < 2; ++v) store(out + m * out_stride + v * kEight, totals[m][v] * factor);
+  }
+}
+
+// Up to kTokens tokens; scratch: of block_i4.
+inline void some_i4(Block block, int inputs, const std::uint16_t* scales, std::size_t scale_stride,
+                    const std::int8_t* codes, const float* token_scales, int tokens, float* out,
+                    std::size_t out_stride, std::uint8_t* scratch) {
+  const int quads = inputs / kQuad, groups = (inputs + kGroup - 1) / kGroup;
+  const __m128i low_half = _mm_set1_epi8(15);
+  float* floats = reinterpret_cast<float*>(scratch + static_cast<std::size_t>(inputs) * kSlice);
+  auto* starts = reinterpret_cast<std::int32_t*>(floats + groups * kSlice);
+  for (int m = 0; m < tokens; ++m)
+    for (int g = 0; g < groups; ++g)
+      starts[m * groups + g] = start_of(codes + static_cast<std::size_t>(m) * inputs + g * kGroup,
+                                        std::min(kGroup, inputs - g * kGroup));
+  for (int s = 0; s < block.slices; ++s) {
+    // A line holds two slices: the even one in its low nibbles, the odd one in its high ones.
+    for (int i = 0; i < quads; ++i)
+      for (int q = 0; q < kQuarters; ++q) {
+        __m128i rows[kQuad];
+        for (int r = 0; r < kQuad; ++r) {
+          rows[r] = load<__m128i>(block.rows + block.stride * (kQuad * i + r) + s / 2 * kSlice + q * kQuarter);
+          rows[r] = _mm_and_si128(s % 2 ? _mm_srli_epi16(rows[r], 4) : rows[r], low_half);
+        }
+        store_quad(rows, scratch + (q * quads + i) * kLine);
+      }
+    for (int g = 0; g < groups; ++g)
+      for (int j = 0; j < kSlice; ++j)
+        floats[g * kSlice + j] = bf16_to_float(scales[g * scale_stride + s / 2 * 2 * kSlice + scale_place(s % 2 * kSlice + j)]);
+    for (int q = 0; q < kQuarters; ++q) {
+#define MAR_CALL(M)                                                                                                  \
+  tile_i4<M>(codes + static_cast<std::size_t>(m) * inputs, inputs, scratch + q * quads * kLine, quads,               \
+             floats + q * kQuarter, starts + m * groups, groups,                                                     \
+             token_scales ? token_scales + m : nullptr, out + m * out_stride + s * kSlice + q * kQuarter, out_stride)
+      MAR_TILES(0, 4, 2, MAR_CALL)
+#undef MAR_CALL
+    }
+  }
+}
+
+}  // namespace
+
+void block_i4(Block block, int inputs, const std::uint16_t* scales, std::size_t scale_stride, const std::int8_t* codes,
+              const std::int32_t*, const float* token_scales, int tokens, float* out, std::size_t out_stride,
+              std::uint8_t* scratch) {
+  for (int m = 0; m < tokens; m += kTokens)
+    some_i4(block, inputs, scales, scale_stride, codes + static_cast<std::size_t>(m) * inputs,
+            token_scales ? token_scales + m : nullptr, std::min(kTokens, tokens - m), out + m * out_stride, out_stride,
+            scratch);
 }
 
 #else

@@ -1,4 +1,4 @@
-// Vectors of 16 floats for the engine's kernels; every instruction set makes of them what it has.
+// Vectors of floats for the engine's kernels, as wide as the instruction set's: what is wider, GCC 12 keeps in memory.
 // Does: load, round, exponential, dot product, gate, small fp32 products, and the byte order of AVX-512's integer
 // products. Does not: hold kernels. Included inside each variant only; all of it is local to the file that includes it.
 #pragma once
@@ -16,9 +16,19 @@
 namespace mar::MAR_VARIANT {
 namespace {
 
-using F = float __attribute__((vector_size(64)));
-using I = std::int32_t __attribute__((vector_size(64)));
+#if defined(__AVX512F__)
 constexpr int kLanes = 16;
+constexpr int kAcross = 4;  // vectors of a product's tile: with six tokens, 24 of 32 registers hold sums
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+constexpr int kAcross = 2;
+#else
+constexpr int kLanes = 4;
+constexpr int kAcross = 2;
+#endif
+constexpr int kParts = kSlice / kLanes;  // vectors of a slice
+using F = float __attribute__((vector_size(kLanes * 4)));
+using I = std::int32_t __attribute__((vector_size(kLanes * 4)));
 
 template <typename V>
 inline V load(const void* from) {
@@ -71,8 +81,8 @@ inline F bf16_to_float(const std::uint16_t* from) {
   // GCC 12 makes of the conversion below two halves that go through memory.
   return (F)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load<__m256i>(from)), 16);
 #else
-  using U = std::uint16_t __attribute__((vector_size(32)));
-  using W = std::uint32_t __attribute__((vector_size(64)));
+  using U = std::uint16_t __attribute__((vector_size(kLanes * 2)));
+  using W = std::uint32_t __attribute__((vector_size(kLanes * 4)));
   return reinterpret_cast<F>(__builtin_convertvector(load<U>(from), W) << 16);
 #endif
 }
@@ -82,7 +92,7 @@ inline float bf16_to_float(std::uint16_t x) {
   std::memcpy(&f, &bits, 4);
   return f;
 }
-inline int padded(int n) { return (n + kLanes - 1) / kLanes * kLanes; }
+inline int padded(int n) { return static_cast<int>(filled16(n)); }  // whole vectors, of every instruction set
 
 inline float dot(const float* x, const float* y, int n) {
   F total{};
@@ -102,23 +112,23 @@ inline void gated(const float* gate, const float* up, int n, float* y) {
   }
 }
 
-// out (m x 64) = a (m x k) times b (k x 64), or plus; for up to M rows of a.
+// out (m x kAcross vectors) = a (m x k) times b, or plus; for M rows of a.
 template <int M>
 inline void tile_float(const float* a, std::size_t a_stride, const float* b, std::size_t b_stride, int k, float* out,
                        std::size_t out_stride, bool plus) {
-  F sums[M][4];
+  F sums[M][kAcross];
   for (int m = 0; m < M; ++m)
-    for (int v = 0; v < 4; ++v) sums[m][v] = plus ? load<F>(out + m * out_stride + v * kLanes) : F{};
+    for (int v = 0; v < kAcross; ++v) sums[m][v] = plus ? load<F>(out + m * out_stride + v * kLanes) : F{};
   for (int i = 0; i < k; ++i) {
-    F w[4];
-    for (int v = 0; v < 4; ++v) w[v] = load<F>(b + i * b_stride + v * kLanes);
+    F w[kAcross];
+    for (int v = 0; v < kAcross; ++v) w[v] = load<F>(b + i * b_stride + v * kLanes);
     for (int m = 0; m < M; ++m) {
       const F x = splat(a[m * a_stride + i]);
-      for (int v = 0; v < 4; ++v) sums[m][v] += x * w[v];
+      for (int v = 0; v < kAcross; ++v) sums[m][v] += x * w[v];
     }
   }
   for (int m = 0; m < M; ++m)
-    for (int v = 0; v < 4; ++v) store(out + m * out_stride + v * kLanes, sums[m][v]);
+    for (int v = 0; v < kAcross; ++v) store(out + m * out_stride + v * kLanes, sums[m][v]);
 }
 
 // Calls tile<M> over `tokens` rows from `first` on, the widest tile first, then one of `middle` rows, then of one.
@@ -137,11 +147,15 @@ inline void tile_float(const float* a, std::size_t a_stride, const float* b, std
     }                                   \
   }
 
+// out (tokens x 64) = a (tokens x k) times b (k x 64), or plus.
 inline void product(const float* a, std::size_t a_stride, const float* b, std::size_t b_stride, int k, int tokens,
                     float* out, std::size_t out_stride, bool plus) {
-#define MAR_CALL(M) tile_float<M>(a + m * a_stride, a_stride, b, b_stride, k, out + m * out_stride, out_stride, plus)
-  MAR_TILES(0, 6, 2, MAR_CALL)
+  for (int j = 0; j < kSlice; j += kAcross * kLanes) {
+#define MAR_CALL(M) \
+  tile_float<M>(a + m * a_stride, a_stride, b + j, b_stride, k, out + m * out_stride + j, out_stride, plus)
+    MAR_TILES(0, 6, 2, MAR_CALL)
 #undef MAR_CALL
+  }
 }
 
 #if defined(__AVX512VNNI__)

@@ -67,10 +67,10 @@ void head_step(const Head& head, const float* xbc, const float* gate, float log_
   }
   const float decay = std::exp(log_decay);
   const float gain = head.gain ? -std::expm1(log_decay) : 1.0f;
-  if (width % kLanes == 0 && width <= 4 * kLanes) {
+  if (width % kLanes == 0 && width <= kSlice) {
     // The whole of y stays in registers.
     const int parts = width / kLanes;
-    F scaled[4], total[4] = {};
+    F scaled[kParts], total[kParts] = {};
     for (int v = 0; v < parts; ++v) scaled[v] = load<F>(x + v * kLanes) * gain;
     for (int n = 0; n < size; ++n) {
       float* state = head.state + static_cast<std::size_t>(n) * width;

@@ -1,6 +1,7 @@
 // int8 matrix products for training: what is multiplied is rounded to 8 bits, sums are exact, results are fp32.
 // Compiled once per instruction set. Does: round rows and columns, each with a scale of its own; bring weights, activations
 // and gradients into the order of the multiplying instruction; multiply. Does not: keep anything from call to call.
+#include "avx2.hpp"
 #include "training_kernels.hpp"
 
 #if defined(__AVX512VNNI__)
@@ -36,11 +37,15 @@ inline Ints rounded(Floats v) {
   const Floats magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   return __builtin_convertvector((v + magic) - magic, Ints);
 }
+#if defined(__AVX2__) && !defined(__AVX512F__)
+inline void store(std::int8_t* to, Ints v) { store_bytes((__m256i)v, to); }
+#else
 typedef std::int8_t Bytes __attribute__((vector_size(W)));
 inline void store(std::int8_t* to, Ints v) {
   const Bytes bytes = __builtin_convertvector(v, Bytes);
   std::memcpy(to, &bytes, sizeof bytes);
 }
+#endif
 
 // codes = x * by / scale, scale = max |x * by| / 127, or 1 if `whole`; NaN where x * by is not finite. Returns the scale;
 // n is a multiple of kSlice.
@@ -65,9 +70,19 @@ inline std::int32_t sum_of(const std::int8_t* codes, Count n) {
 
 // A quad of rows of 64 bytes side by side, four bytes of one column after those of the one before; off by `plus`.
 inline void interleave_quad(const std::int8_t* rows, Count stride, std::uint8_t plus, std::uint8_t* to) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m128i top = _mm_set1_epi8(static_cast<char>(plus));
+  for (Count n = 0; n < kSlice; n += 16) {
+    __m128i four[kQuad];
+    for (Count j = 0; j < kQuad; ++j)
+      four[j] = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(rows + j * stride + n)), top);
+    store_quad(four, to + n * kQuad);
+  }
+#else
   for (Count n = 0; n < kSlice; ++n)
     for (Count j = 0; j < kQuad; ++j)
       to[n * kQuad + j] = static_cast<std::uint8_t>(rows[j * stride + n]) ^ plus;  // + 128 is a change of the top bit
+#endif
 }
 
 #if defined(__AVX512VNNI__)
@@ -93,6 +108,106 @@ inline void tile(const std::int8_t* codes, Count row, Count quad, const std::uin
       const Floats total = __builtin_convertvector(acc[m][v] - 128 * sums[m], Floats);
       store(out + m * stride + v * W, total * (load(column_scales + v * W) * scales[m]));
     }
+}
+
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+
+// Pairs of the inner dimension are multiplied in 16 bits, as 255 times 127 is too much for AVX2's pairs of bytes. A panel is
+// widened once for all rows of an item, in parts that stay in the second-level cache; its halves of 16 columns, of which
+// six rows' sums stay in registers, are multiplied one after the other.
+constexpr Count kDeep = 1024;        // of the inner dimension, in a part
+constexpr Count kHalf = kSlice / 2;
+constexpr int kMost = 6;
+
+struct Part {
+  alignas(32) std::int16_t weights[2 * kDeep * kHalf];   // [half][pair][column][2]
+  alignas(32) std::int16_t codes[kMost * kDeep];         // of the rows that are being multiplied
+  std::int32_t sums[kRowsOfProduct * kSlice];
+};
+
+// Two of each four bytes, from `first` on, to 16 bits.
+inline __m256i pairs_of(__m256i quads, int first) {
+  const char a = static_cast<char>(first), b = static_cast<char>(first + 1);
+  const __m128i places = _mm_add_epi8(_mm_setr_epi8(a, -128, b, -128, a, -128, b, -128, a, -128, b, -128, a, -128, b, -128),
+                                      _mm_setr_epi8(0, 0, 0, 0, 4, 0, 4, 0, 8, 0, 8, 0, 12, 0, 12, 0));
+  return _mm256_shuffle_epi8(quads, _mm256_broadcastsi128_si256(places));
+}
+
+inline void widen_panel(const std::uint8_t* panel, Count quads, std::int16_t* to) {
+  for (Count half = 0; half < 2; ++half)
+    for (Count i = 0; i < quads; ++i, to += kHalf * kQuad)
+      for (Count eight = 0; eight < 2; ++eight) {
+        const std::uint8_t* from = panel + i * kLine + (half * kHalf + eight * 8) * kQuad;
+        const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+        _mm256_store_si256(reinterpret_cast<__m256i*>(to + eight * 16), pairs_of(bytes, 0));
+        _mm256_store_si256(reinterpret_cast<__m256i*>(to + kHalf * 2 + eight * 16), pairs_of(bytes, 2));
+      }
+}
+
+// Codes of M rows that lie in a row each: widened, one row after the other.
+template <int M>
+inline void widen_rows(const std::int8_t* codes, Count row, Count count, std::int16_t* to) {
+  for (Count m = 0; m < M; ++m, codes += row, to += count) {
+    Count k = 0;
+    for (; k + 16 <= count; k += 16)
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + k),
+                          _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + k))));
+    for (; k < count; ++k) to[k] = codes[k];
+  }
+}
+
+// Codes of M rows that lie in a panel: widened, quad after quad.
+template <int M>
+inline void widen_turned(const std::int8_t* codes, Count quads, std::int16_t* to) {
+  constexpr int kTwo = M < 2 ? M : 2;
+  for (Count i = 0; i < quads; ++i, codes += kLine)
+    for (int m = 0; m < M; m += kTwo, to += kTwo * kQuad) {
+      std::int64_t bytes = 0;
+      std::memcpy(&bytes, codes + m * kQuad, kTwo * kQuad);
+      const __m128i words = _mm_cvtepi8_epi16(_mm_cvtsi64_si128(bytes));
+      std::memcpy(to, &words, kTwo * kQuad * sizeof *to);
+    }
+}
+
+// sums (rows kSlice apart) += M rows of codes times half a panel.
+template <int M>
+inline void add_tile(const std::int16_t* codes, Count row, Count quad, const std::int16_t* weights, Count quads,
+                     std::int32_t* sums) {
+  __m256i acc[M][2];
+#pragma GCC unroll 6
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v) acc[m][v] = _mm256_loadu_si256(reinterpret_cast<__m256i*>(sums + m * kSlice + v * 8));
+  for (Count i = 0; i < quads; ++i)
+#pragma GCC unroll 2
+    for (int pair = 0; pair < 2; ++pair) {
+      const auto* w = reinterpret_cast<const __m256i*>(weights + i * kHalf * kQuad + pair * kHalf * 2);
+      const __m256i w0 = _mm256_load_si256(w), w1 = _mm256_load_si256(w + 1);
+#pragma GCC unroll 6
+      for (int m = 0; m < M; ++m) {
+        std::int32_t two;
+        std::memcpy(&two, codes + m * row + i * quad + 2 * pair, sizeof two);
+        const __m256i x = _mm256_set1_epi32(two);
+        acc[m][0] = plus_32(acc[m][0], _mm256_madd_epi16(w0, x));
+        acc[m][1] = plus_32(acc[m][1], _mm256_madd_epi16(w1, x));
+      }
+    }
+#pragma GCC unroll 6
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v) _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums + m * kSlice + v * 8), acc[m][v]);
+}
+
+// sums += M rows of codes times a part of a panel.
+template <int M>
+inline void add_rows(const Int8Product& call, Part& part, const std::int8_t* codes, Count quads, std::int32_t* sums) {
+  if (call.turned)
+    widen_turned<M>(codes, quads, part.codes);
+  else
+    widen_rows<M>(codes, call.inner, quads * kQuad, part.codes);
+  const Count row = call.turned ? kQuad : quads * kQuad, quad = call.turned ? M * kQuad : kQuad;
+  for (Count half = 0; half < 2; ++half)
+    add_tile<M>(part.codes, row, quad, part.weights + half * quads * kQuad * kHalf, quads, sums + half * kHalf);
 }
 
 #else
@@ -194,6 +309,49 @@ Count int8_product_items(const Int8Product& call) {
   return (call.rows + kRowsOfProduct - 1) / kRowsOfProduct * (call.columns / kSlice);
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+
+void int8_product(const Int8Product& call, Count item) {
+  const Count slices = call.columns / kSlice, column = item % slices * kSlice, begin = item / slices * kRowsOfProduct;
+  const Count rows = begin + kRowsOfProduct < call.rows ? kRowsOfProduct : call.rows - begin;
+  Part part;
+  std::memset(part.sums, 0, sizeof(std::int32_t) * static_cast<std::size_t>(rows * kSlice));
+  for (Count k = 0; k < call.inner; k += kDeep) {
+    const Count quads = (k + kDeep < call.inner ? kDeep : call.inner - k) / kQuad;
+    widen_panel(input<std::uint8_t>(call.panels, column * call.inner + k * kSlice), quads, part.weights);
+    for (Count m = 0; m < rows;) {
+      const Count at = begin + m;
+      const Count place = call.turned ? at / kSlice * kSlice * call.inner + k * kSlice + at % kSlice * kQuad
+                                      : at * call.inner + k;
+      const std::int8_t* codes = input<std::int8_t>(call.codes, place);
+      // Not over the end of a panel, whose rows are not where the next one's are.
+      const Count panel = kSlice - at % kSlice, left = call.turned && panel < rows - m ? panel : rows - m;
+#define MAR_ROWS(M) add_rows<M>(call, part, codes, quads, part.sums + m * kSlice), m += M
+      if (left >= 6) {
+        MAR_ROWS(6);
+      } else if (left >= 2) {
+        MAR_ROWS(2);
+      } else {
+        MAR_ROWS(1);
+      }
+#undef MAR_ROWS
+    }
+  }
+  const float* column_scales = input<float>(call.column_scales, column);
+  for (Count m = 0; m < rows; ++m) {
+    const float scale = *input<float>(call.scales, begin + m);
+    const std::int32_t less = 128 * *input<std::int32_t>(call.sums, begin + m);
+    float* out = output<float>(call.out, (begin + m) * call.stride + column);
+    for (Count v = 0; v < kSlice; v += W) {
+      Ints sums;
+      std::memcpy(&sums, part.sums + m * kSlice + v, sizeof sums);
+      store(out + v, __builtin_convertvector(sums - less, Floats) * (load(column_scales + v) * scale));
+    }
+  }
+}
+
+#else
+
 void int8_product(const Int8Product& call, Count item) {
   const Count slices = call.columns / kSlice, quads = call.inner / kQuad;
   const Count column = item % slices * kSlice, begin = item / slices * kRowsOfProduct;
@@ -223,5 +381,7 @@ void int8_product(const Int8Product& call, Count item) {
 #undef MAR_TILE
   }
 }
+
+#endif
 
 }  // namespace mar::MAR_VARIANT

@@ -2,6 +2,7 @@
 // Does not: multiply by weights (rows.cpp for one token, blocks.cpp for many) or run a mixer's head (head.cpp).
 // Compiled once per instruction set (MAR_VARIANT). Vector types carry most of the engine to every set; only the integer
 // products are written by hand for AVX2 and AVX-512.
+#include "avx2.hpp"
 #include "engine_kernels.hpp"
 #include "engine_vectors.hpp"
 
@@ -10,7 +11,15 @@
 namespace mar::MAR_VARIANT {
 namespace {
 
-using Bytes16 = std::int8_t __attribute__((vector_size(16)));
+using Bytes = std::int8_t __attribute__((vector_size(kLanes)));
+
+inline void store_codes(std::int8_t* to, I codes) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  store_bytes((__m256i)codes, to);
+#else
+  store(to, __builtin_convertvector(codes, Bytes));
+#endif
+}
 
 void rms_norm(const float* x, const float* weight, float eps, int n, float* y) {
   F squares{};
@@ -40,7 +49,7 @@ inline I codes_of(F x, F threshold, Encoder encoder) {
 void encode(const float* x, const float* threshold, int n, Encoder encoder, std::int8_t* codes) {
   int i = 0;
   for (; i + kLanes <= n; i += kLanes)
-    store(codes + i, __builtin_convertvector(codes_of(load<F>(x + i), load<F>(threshold + i), encoder), Bytes16));
+    store_codes(codes + i, codes_of(load<F>(x + i), load<F>(threshold + i), encoder));
   if (i < n) {
     const I code = codes_of(load_some(x + i, n - i), load_some(threshold + i, n - i), encoder);
     for (int j = 0; i + j < n; ++j) codes[i + j] = static_cast<std::int8_t>(code[j]);
@@ -57,7 +66,7 @@ float quantise(const float* x, int n, std::int8_t* codes) {
   const float scale = peak / 127.0f;
   const float factor = peak > 1e-36f ? 127.0f / peak : 0.0f;  // what is smaller has no inverse
   for (i = 0; i + kLanes <= n; i += kLanes)
-    store(codes + i, __builtin_convertvector(to_int(nearest(load<F>(x + i) * factor)), Bytes16));
+    store_codes(codes + i, to_int(nearest(load<F>(x + i) * factor)));
   for (; i < n; ++i) codes[i] = static_cast<std::int8_t>(std::nearbyint(x[i] * factor));
   return scale;
 }
@@ -67,11 +76,9 @@ inline F bytes_to_float(const std::int8_t* from) {
 #if defined(__AVX512F__)
   return (F)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(from)));
 #elif defined(__AVX2__)
-  const __m256 halves[2] = {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from))),
-                            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(from + 8))))};
-  return load<F>(halves);
+  return (F)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
 #else
-  return __builtin_convertvector(load<Bytes16>(from), F);
+  return __builtin_convertvector(load<Bytes>(from), F);
 #endif
 }
 

@@ -47,19 +47,19 @@ inline void rows_float(Block block, Rows rows, float* acc) {
   const auto end_of = [&](int start) { return std::min(start + kTogether, rows.count); };
   by_blocks<Bytes * kSlice>(block, rows, end_of, [&](int s, const std::uint8_t* const* row, int count, int start) {
     float* to = acc + s * kSlice;
-    F sums[4];
-    for (int k = 0; k < 4; ++k) sums[k] = load<F>(to + k * kLanes);
+    F sums[kParts];
+    for (int k = 0; k < kParts; ++k) sums[k] = load<F>(to + k * kLanes);
     for (int r = 0; r < count; ++r) {
       const F value = splat(rows.values[start + r]);
       const std::uint8_t* from = row[r] + s * kSlice * Bytes;
-      for (int k = 0; k < 4; ++k) {
+      for (int k = 0; k < kParts; ++k) {
         if constexpr (Bytes == 4)
-          sums[k] += value * load<F>(from + k * 64);
+          sums[k] += value * load<F>(from + k * kLanes * 4);
         else
-          sums[k] += value * bf16_to_float(reinterpret_cast<const std::uint16_t*>(from + k * 32));
+          sums[k] += value * bf16_to_float(reinterpret_cast<const std::uint16_t*>(from + k * kLanes * 2));
       }
     }
-    for (int k = 0; k < 4; ++k) store(to + k * kLanes, sums[k]);
+    for (int k = 0; k < kParts; ++k) store(to + k * kLanes, sums[k]);
   });
 }
 

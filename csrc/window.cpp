@@ -30,7 +30,16 @@ inline F folded(F a, F b) {
   return __builtin_shuffle(a, b, straight) + __builtin_shuffle(a, b, across);
 }
 
-// scores = query (n) times each of 16 keys (n each).
+template <int D>
+inline F folded_all(F* sums) {
+  for (int k = 0; k < D; ++k) sums[k] = folded<D>(sums[k], sums[k + D]);
+  if constexpr (D > 1)
+    return folded_all<D / 2>(sums);
+  else
+    return sums[0];
+}
+
+// scores = query (n) times each of kLanes keys (n each).
 inline F products(const float* query, int n, const float* keys) {
   F sums[kLanes];
   for (auto& one : sums) {
@@ -38,10 +47,7 @@ inline F products(const float* query, int n, const float* keys) {
     for (int i = kLanes; i < n; i += kLanes) one += load<F>(keys + i) * load<F>(query + i);
     keys += n;
   }
-  for (int k = 0; k < 8; ++k) sums[k] = folded<8>(sums[k], sums[k + 8]);
-  for (int k = 0; k < 4; ++k) sums[k] = folded<4>(sums[k], sums[k + 4]);
-  for (int k = 0; k < 2; ++k) sums[k] = folded<2>(sums[k], sums[k + 2]);
-  return folded<1>(sums[0], sums[1]);
+  return folded_all<kLanes / 2>(sums);
 }
 
 }  // namespace

@@ -185,6 +185,41 @@ void linears(const mar::Kernels& k) {
     }
 }
 
+// Sums as large as they get: every weight and every code at an end of its range. Narrow sums would overflow.
+void extremes(const mar::Kernels& k) {
+  const int tokens = 13;
+  for (Precision precision : {Precision::i8, Precision::i4})
+    for (int inputs : {4, 12, 32, 36, 64, 68, 96, 128, 1536})
+      for (int byte : {0, 255})
+        for (int code : {-127, 127}) {
+          Weights weights(precision, inputs, 2 * mar::kSlice);
+          std::fill(weights.bytes.begin(), weights.bytes.end(), static_cast<std::uint8_t>(byte));
+          const mar::Linear& linear = weights.linear;
+          const int wide = linear.outputs(), group = precision == Precision::i4 ? mar::kGroup : inputs;
+          const std::vector<std::int8_t> many(static_cast<std::size_t>(tokens) * inputs, static_cast<std::int8_t>(code));
+          std::vector<std::int32_t> sums;
+          for (int m = 0; m < tokens; ++m)
+            for (int first = 0; first < inputs; first += group) sums.push_back(code * std::min(group, inputs - first));
+          std::vector<float> out(static_cast<std::size_t>(tokens) * wide);
+          std::vector<std::uint8_t> scratch(mar::block_scratch(inputs));
+          const mar::Block block = linear.block(0, linear.slices);
+          if (precision == Precision::i8)
+            k.block_i8(block, inputs, static_cast<const float*>(linear.scales), many.data(), sums.data(), nullptr, tokens,
+                       out.data(), wide, scratch.data());
+          else
+            k.block_i4(block, inputs, static_cast<const std::uint16_t*>(linear.scales), wide, many.data(), sums.data(),
+                       nullptr, tokens, out.data(), wide, scratch.data());
+          for (int j = 0; j < wide; ++j) {
+            double wanted = 0, size = 0;
+            for (int i = 0; i < inputs; ++i) {
+              wanted += code * weights.at(i, j);
+              size += std::fabs(code * weights.at(i, j));
+            }
+            for (int m = 0; m < tokens; ++m) CHECK(near(out[static_cast<std::size_t>(m) * wide + j], wanted, size));
+          }
+        }
+}
+
 // One listing goes from linear to linear: what it kept of one that was read whole is of no meaning to the next.
 void listings(const mar::Kernels& k) {
   const int inputs = 130, outputs = 70;
@@ -299,6 +334,7 @@ void test_kernels(const mar::Variant& variant) {
   encoders(k);
   quantisers(k);
   linears(k);
+  extremes(k);
   listings(k);
   heads(k, 8, 6, 4, true, true);
   heads(k, 64, 64, 4, true, true);
