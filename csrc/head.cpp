@@ -47,6 +47,31 @@ inline void small_product(const float* a, int a_stride, const float* b, int b_st
     }
 }
 
+// As many floats as a register has: GCC 12 keeps arrays of wider vectors in memory.
+#if defined(__AVX512F__)
+constexpr int kPart = 16;
+#elif defined(__AVX2__)
+constexpr int kPart = 8;
+#else
+constexpr int kPart = 4;
+#endif
+using Part = float __attribute__((vector_size(4 * kPart)));
+
+// One token through V registers' columns of a state, whose part of y stays in registers.
+template <int V>
+inline void advance(float* state, int width, int size, float decay, float gain, const float* x, const float* b,
+                    const float* c, float* y) {
+  Part scaled[V], total[V] = {};
+  for (int v = 0; v < V; ++v) scaled[v] = load<Part>(x + v * kPart) * gain;
+  for (int n = 0; n < size; ++n, state += width)
+    for (int v = 0; v < V; ++v) {
+      const Part s = load<Part>(state + v * kPart) * decay + scaled[v] * b[n];
+      store(state + v * kPart, s);
+      total[v] += s * c[n];
+    }
+  for (int v = 0; v < V; ++v) store(y + v * kPart, total[v]);
+}
+
 }  // namespace
 
 void head_step(const Head& head, const float* xbc, const float* gate, float log_decay, float* y, float* scratch) {
@@ -67,28 +92,16 @@ void head_step(const Head& head, const float* xbc, const float* gate, float log_
   }
   const float decay = std::exp(log_decay);
   const float gain = head.gain ? -std::expm1(log_decay) : 1.0f;
-  if (width % kLanes == 0 && width <= 4 * kLanes) {
-    // The whole of y stays in registers.
-    const int parts = width / kLanes;
-    F scaled[4], total[4] = {};
-    for (int v = 0; v < parts; ++v) scaled[v] = load<F>(x + v * kLanes) * gain;
-    for (int n = 0; n < size; ++n) {
-      float* state = head.state + static_cast<std::size_t>(n) * width;
-      for (int v = 0; v < parts; ++v) {
-        const F s = load<F>(state + v * kLanes) * decay + scaled[v] * b[n];
-        store(state + v * kLanes, s);
-        total[v] += s * c[n];
-      }
-    }
-    for (int v = 0; v < parts; ++v) store(y + v * kLanes, total[v]);
-  } else {
-    std::fill(y, y + width, 0.0f);
-    for (int n = 0; n < size; ++n) {
-      float* state = head.state + static_cast<std::size_t>(n) * width;
-      for (int p = 0; p < width; ++p) {
-        state[p] = state[p] * decay + x[p] * gain * b[n];
-        y[p] += state[p] * c[n];
-      }
+  int at = 0;
+  for (; at + 4 * kPart <= width; at += 4 * kPart)
+    advance<4>(head.state + at, width, size, decay, gain, x + at, b, c, y + at);
+  for (; at + kPart <= width; at += kPart) advance<1>(head.state + at, width, size, decay, gain, x + at, b, c, y + at);
+  std::fill(y + at, y + width, 0.0f);
+  for (int n = 0; n < size; ++n) {
+    float* state = head.state + static_cast<std::size_t>(n) * width;
+    for (int p = at; p < width; ++p) {
+      state[p] = state[p] * decay + x[p] * gain * b[n];
+      y[p] += state[p] * c[n];
     }
   }
   for (int p = 0; p < width; ++p) {
