@@ -293,7 +293,7 @@ struct LinearAlone {
     pool->run([&](int thread) {
       auto& listing = listings[thread];
       // As if few were asked for: rows unless all are wanted, whatever the density.
-      listing.list_codes(linear, codes.data(), 0, linear.inputs, 0, all);
+      listing.list_codes(*variant().kernels, linear, codes.data(), 0, linear.inputs, 0, all);
       const auto slices = mar::share_slices(linear, thread, pool->size());
       listing.multiply(*variant().kernels, linear, static_cast<int>(slices.begin), static_cast<int>(slices.end),
                        out.data() + slices.begin * mar::kSlice, false);

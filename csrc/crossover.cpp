@@ -47,7 +47,7 @@ double crossover(const Kernels& kernels, Pool& pool, const std::vector<const Lin
       Listing& listing = listings[thread];
       for (const Work& work : works) {
         const Linear& linear = *work.linear;
-        listing.list_codes(linear, (work.*codes).data(), 0, linear.inputs, 0, all);
+        listing.list_codes(kernels, linear, (work.*codes).data(), 0, linear.inputs, 0, all);
         const Range slices = share_slices(linear, thread, pool.size());
         listing.multiply(kernels, linear, static_cast<int>(slices.begin), static_cast<int>(slices.end), outs[thread].data(),
                          false);

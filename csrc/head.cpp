@@ -47,6 +47,21 @@ inline void small_product(const float* a, int a_stride, const float* b, int b_st
     }
 }
 
+// One token through V registers' columns of a state, whose part of y stays in registers.
+template <int V>
+inline void advance(float* state, int width, int size, float decay, float gain, const float* x, const float* b,
+                    const float* c, float* y) {
+  F scaled[V], total[V] = {};
+  for (int v = 0; v < V; ++v) scaled[v] = load<F>(x + v * kLanes) * gain;
+  for (int n = 0; n < size; ++n, state += width)
+    for (int v = 0; v < V; ++v) {
+      const F s = load<F>(state + v * kLanes) * decay + scaled[v] * b[n];
+      store(state + v * kLanes, s);
+      total[v] += s * c[n];
+    }
+  for (int v = 0; v < V; ++v) store(y + v * kLanes, total[v]);
+}
+
 }  // namespace
 
 void head_step(const Head& head, const float* xbc, const float* gate, float log_decay, float* y, float* scratch) {
@@ -67,28 +82,16 @@ void head_step(const Head& head, const float* xbc, const float* gate, float log_
   }
   const float decay = std::exp(log_decay);
   const float gain = head.gain ? -std::expm1(log_decay) : 1.0f;
-  if (width % kLanes == 0 && width <= kSlice) {
-    // The whole of y stays in registers.
-    const int parts = width / kLanes;
-    F scaled[kParts], total[kParts] = {};
-    for (int v = 0; v < parts; ++v) scaled[v] = load<F>(x + v * kLanes) * gain;
-    for (int n = 0; n < size; ++n) {
-      float* state = head.state + static_cast<std::size_t>(n) * width;
-      for (int v = 0; v < parts; ++v) {
-        const F s = load<F>(state + v * kLanes) * decay + scaled[v] * b[n];
-        store(state + v * kLanes, s);
-        total[v] += s * c[n];
-      }
-    }
-    for (int v = 0; v < parts; ++v) store(y + v * kLanes, total[v]);
-  } else {
-    std::fill(y, y + width, 0.0f);
-    for (int n = 0; n < size; ++n) {
-      float* state = head.state + static_cast<std::size_t>(n) * width;
-      for (int p = 0; p < width; ++p) {
-        state[p] = state[p] * decay + x[p] * gain * b[n];
-        y[p] += state[p] * c[n];
-      }
+  int at = 0;
+  for (; at + 4 * kLanes <= width; at += 4 * kLanes)
+    advance<4>(head.state + at, width, size, decay, gain, x + at, b, c, y + at);
+  for (; at + kLanes <= width; at += kLanes) advance<1>(head.state + at, width, size, decay, gain, x + at, b, c, y + at);
+  std::fill(y + at, y + width, 0.0f);
+  for (int n = 0; n < size; ++n) {
+    float* state = head.state + static_cast<std::size_t>(n) * width;
+    for (int p = at; p < width; ++p) {
+      state[p] = state[p] * decay + x[p] * gain * b[n];
+      y[p] += state[p] * c[n];
     }
   }
   for (int p = 0; p < width; ++p) {

@@ -93,6 +93,43 @@ float dot_i8(const float* x, const std::int8_t* y, int n) {
   return total;
 }
 
+#if defined(__AVX2__)
+
+// Of eight places, those of the bits that are set, in order.
+struct Places {
+  std::uint8_t of[256][8] = {};
+  constexpr Places() {
+    for (int bits = 0; bits < 256; ++bits)
+      for (int i = 0, count = 0; i < 8; ++i)
+        if (bits >> i & 1) of[bits][count++] = static_cast<std::uint8_t>(i);
+  }
+};
+constexpr Places kPlaces;
+
+#endif
+
+// Nothing is branched on: codes are too random to be guessed.
+int list_nonzero(const std::int8_t* codes, int first, int last, std::int32_t* index, std::int8_t* listed) {
+  std::ptrdiff_t count = 0;
+  int i = first;
+#if defined(__AVX2__)
+  for (; i + 8 <= last; i += 8) {
+    const __m128i eight = _mm_loadl_epi64((const __m128i*)(codes + i));
+    const int bits = ~_mm_movemask_epi8(_mm_cmpeq_epi8(eight, _mm_setzero_si128())) & 255;
+    const __m128i places = _mm_loadl_epi64((const __m128i*)kPlaces.of[bits]);
+    _mm_storel_epi64((__m128i*)(listed + count), _mm_shuffle_epi8(eight, places));
+    store(index + count, _mm256_add_epi32(_mm256_cvtepu8_epi32(places), _mm256_set1_epi32(i)));
+    count += _mm_popcnt_u32(bits);
+  }
+#endif
+  for (; i < last; ++i) {
+    index[count] = i;
+    listed[count] = codes[i];
+    count += codes[i] != 0;
+  }
+  return static_cast<int>(count);
+}
+
 void add(const float* x, int n, float* y) {
   for (int i = 0; i < n; ++i) y[i] += x[i];
 }
@@ -100,8 +137,8 @@ void add(const float* x, int n, float* y) {
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels = {rms_norm, encode,  quantise, dot,       dot_i8,     add,      gated,    rows_f32,  rows_bf16,
-                         rows_i8,  rows_i4, stream_i4, block_f32, block_bf16, block_i8, block_i4, head_step, head_scan,
-                         head_window};
+const Kernels kernels = {rms_norm, encode,   quantise,  list_nonzero, dot,        dot_i8,   add,      gated,     rows_f32,
+                         rows_bf16, rows_i8, rows_i4,   stream_i4,    block_f32,  block_bf16, block_i8, block_i4, head_step,
+                         head_scan, head_window};
 
 }  // namespace mar::MAR_VARIANT

@@ -31,7 +31,8 @@ constexpr int scale_place(int j) {
 }
 
 // The rows that are asked for, in ascending order: input index[r] times value[r]. In integer precisions codes[r] is the
-// value, and `count` is a multiple of kQuad (filled up with code 0). A null index means rows 0, 1, ... count - 1.
+// value, in [-127, 127], and `count` is a multiple of kQuad (filled up with code 0). A null index means rows 0, 1, ...
+// count - 1.
 struct Rows {
   const std::int32_t* index;
   const std::int8_t* codes;
@@ -109,6 +110,9 @@ struct Kernels {
   void (*encode)(const float* x, const float* threshold, int n, Encoder encoder, std::int8_t* codes);
   // codes = round(x / scale), scale = max |x| / 127; returns the scale. Zeros for x = 0.
   float (*quantise)(const float* x, int n, std::int8_t* codes);
+  // The places [first, last) of codes that are not zero to `index`, these codes to `listed`; returns how many. Up to 7
+  // beyond them are written.
+  int (*list_nonzero)(const std::int8_t* codes, int first, int last, std::int32_t* index, std::int8_t* listed);
   // Sum of x y.
   float (*dot)(const float* x, const float* y, int n);
   float (*dot_i8)(const float* x, const std::int8_t* y, int n);
@@ -124,7 +128,8 @@ struct Kernels {
   void (*rows_i8)(Block block, Rows rows, std::int32_t* acc);
   void (*rows_i4)(Block block, Rows rows, Groups groups, float* out);
 
-  // out = a piece's weights times its groups' codes; sums: of each group's codes.
+  // out = a piece's weights times its groups' codes, kGroup of each, zeros where there are no inputs; sums: of each group's
+  // codes.
   void (*stream_i4)(Stream stream, Piece piece, const std::int8_t* codes, const std::int32_t* sums, float* out);
 
   // out (tokens x slices * 64, `out_stride` floats apart) = inputs x weights for many tokens.

@@ -70,10 +70,11 @@ void Listing::list(const Kernels& k, const Site& site, const float* x, int begin
     token_scale_ = k.quantise(x, linear.inputs, codes);
     nonzero_ = count_nonzero(codes + begin, end - begin);
   }
-  list_codes(linear, codes, begin, end, nonzero_, false);
+  list_codes(k, linear, codes, begin, end, nonzero_, false);
 }
 
-void Listing::list_codes(const Linear& linear, const std::int8_t* codes, int begin, int end, std::int64_t nonzero, bool all) {
+void Listing::list_codes(const Kernels& k, const Linear& linear, const std::int8_t* codes, int begin, int end,
+                         std::int64_t nonzero, bool all) {
   const int group = linear.precision == Precision::i4 ? kGroup : linear.inputs;
   group_ends_.clear();
   group_sums_.clear();
@@ -95,12 +96,12 @@ void Listing::list_codes(const Linear& linear, const std::int8_t* codes, int beg
   for (int first = begin; first < end;) {
     const int last = std::min(end, (first / group + 1) * group);
     const int start = count;
-    std::int32_t total = 0;
-    for (int i = first; i < last; ++i) {
-      index_[count] = i;
-      listed_[count] = codes[i];
-      count += all || codes[i] != 0;
-      total += codes[i];
+    if (all) {
+      for (int i = first; i < last; ++i) index_[start + i - first] = i;
+      std::copy(codes + first, codes + last, listed_.data() + start);
+      count += last - first;
+    } else {
+      count += k.list_nonzero(codes, first, last, index_.data() + start, listed_.data() + start);
     }
     if (linear.integer()) {
       for (; count % kQuad; ++count) {
@@ -112,7 +113,7 @@ void Listing::list_codes(const Linear& linear, const std::int8_t* codes, int beg
     }
     if (count > start) {
       group_ends_.push_back(count);
-      group_sums_.push_back(total);
+      group_sums_.push_back(sum_codes(codes + first, last - first));
     }
     first = last;
   }

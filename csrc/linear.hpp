@@ -105,7 +105,8 @@ class Listing {
   void list(const Kernels& kernels, const Site& site, const float* x, int begin, int end, const std::int8_t* given,
             std::int8_t* taken);
   // Rows whose codes are already known, so many of them not zero; `all`: zeros too.
-  void list_codes(const Linear& linear, const std::int8_t* codes, int begin, int end, std::int64_t nonzero, bool all);
+  void list_codes(const Kernels& kernels, const Linear& linear, const std::int8_t* codes, int begin, int end,
+                  std::int64_t nonzero, bool all);
 
   // Slices [begin, end) of the listed rows' product into to[0 ...]. plain: int8 sums unscaled, as 32-bit integers.
   void multiply(const Kernels& kernels, const Linear& linear, int begin, int end, float* to, bool plain);

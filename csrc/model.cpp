@@ -321,7 +321,7 @@ void Model::two_step_head(int thread, float* logits) {
   }
   std::int8_t* codes = t.codes.data();
   const float scale = k.quantise(rest, n, codes);
-  std::fill(codes + n, codes + rough.quads * kQuad, static_cast<std::int8_t>(0));
+  std::fill(codes + n, codes + rough.groups() * kGroup, static_cast<std::int8_t>(0));
   std::vector<std::int32_t>& sums = t.sums;
   sums.assign(rough.groups(), 0);
   for (int i = 0; i < n; ++i) sums[i / kGroup] += codes[i];

@@ -92,6 +92,56 @@ void quantisers(const mar::Kernels& k) {
   }
 }
 
+// Of any piece of an array, the places and codes that are not zero, with room for what may be written beyond them.
+void lists(const mar::Kernels& k) {
+  for (int n : {1, 7, 8, 9, 64, 100})
+    for (double share : {0.0, 0.3, 1.0}) {
+      const auto all = codes(n, -127, 127, share);
+      for (int first : {0, 1, n / 2}) {
+        std::vector<std::int32_t> index(n - std::min(first, n) + 7);
+        std::vector<std::int8_t> listed(index.size());
+        const int count = k.list_nonzero(all.data(), first, n, index.data(), listed.data());
+        int wanted = 0;
+        for (int i = first; i < n; ++i) {
+          if (all[i] == 0) continue;
+          CHECK(wanted < count && index[wanted] == i && listed[wanted] == all[i]);
+          ++wanted;
+        }
+        CHECK(count == wanted);
+      }
+    }
+}
+
+// Codes and weights as large as they can be, in every mixture of signs of four rows: sums in too few bits would show.
+void extremes(const mar::Kernels& k) {
+  const int inputs = 3 * mar::kGroup + 4;
+  for (Precision precision : {Precision::i8, Precision::i4})
+    for (int weight : {0, 255})
+      for (int pattern = 0; pattern < 18; ++pattern) {
+        Weights weights(precision, inputs, 3 * mar::kSlice);
+        std::fill(weights.bytes.begin(), weights.bytes.end(), static_cast<std::uint8_t>(weight));
+        if (precision == Precision::i4) weights.add_stream();
+        std::vector<std::int8_t> one(inputs);
+        for (int i = 0; i < inputs; ++i) {
+          const int size = pattern < 16 ? 127 : 64 + i % 2;  // at 64 and 65 two just pass what two products may be
+          one[i] = static_cast<std::int8_t>(pattern >> i % 4 & 1 ? -size : size);
+          if (pattern == 17 && i % 3 == 0) one[i] = 0;
+        }
+        for (bool all : {false, true}) {
+          mar::Listing listing;
+          listing.reserve(inputs, weights.linear.outputs());
+          std::vector<float> out(weights.linear.outputs());
+          listing.list_codes(k, weights.linear, one.data(), 0, inputs, nonzero(one, 0, inputs), all);
+          listing.multiply(k, weights.linear, 0, weights.linear.slices, out.data(), false);
+          for (int j = 0; j < 3 * mar::kSlice; ++j) {
+            double wanted = 0;
+            for (int i = 0; i < inputs; ++i) wanted += one[i] * weights.at(i, j);
+            CHECK(near(out[j], wanted, 127 * std::fabs(weights.at(0, j))));
+          }
+        }
+      }
+}
+
 // Rows that codes ask for, in shares of slices, and many tokens at once: all against the weights' own meaning.
 void linears(const mar::Kernels& k) {
   for (Precision precision : kPrecisions)
@@ -133,7 +183,7 @@ void linears(const mar::Kernels& k) {
           for (bool all : {false, true})
             for (int parts : {1, 3}) {
               std::vector<float> out(wide);
-              listing.list_codes(*how, one.data(), 0, inputs, nonzero(one, 0, inputs), all);
+              listing.list_codes(k, *how, one.data(), 0, inputs, nonzero(one, 0, inputs), all);
               for (int part = 0; part < parts; ++part) {
                 const auto range = mar::share_slices(linear, part, parts);
                 listing.multiply(k, *how, static_cast<int>(range.begin), static_cast<int>(range.end),
@@ -148,7 +198,7 @@ void linears(const mar::Kernels& k) {
         const int cut = inputs / 3;
         std::vector<float> first(wide), second(wide);
         for (auto [begin, end, to] : {std::tuple{0, cut, &first}, {cut, inputs, &second}}) {
-          listing.list_codes(linear, one.data(), begin, end, nonzero(one, begin, end), true);
+          listing.list_codes(k, linear, one.data(), begin, end, nonzero(one, begin, end), true);
           listing.multiply(k, linear, 0, linear.slices, to->data(), false);
         }
         for (int j = 0; j < wide; ++j) CHECK(near(first[j] + second[j], wanted[m * wide + j], sizes[m * wide + j]));
@@ -227,7 +277,7 @@ void listings(const mar::Kernels& k) {
   mar::Listing listing;
   listing.reserve(inputs, 2 * mar::kSlice);
   std::vector<float> out(2 * mar::kSlice);
-  listing.list_codes(whole.linear, codes(inputs, -4, 4, 1).data(), 0, inputs, inputs, true);
+  listing.list_codes(k, whole.linear, codes(inputs, -4, 4, 1).data(), 0, inputs, inputs, true);
   listing.multiply(k, whole.linear, 0, whole.linear.slices, out.data(), false);
   mar::Site site;
   site.linear = dense.linear;
@@ -333,6 +383,8 @@ void test_kernels(const mar::Variant& variant) {
   elementwise(k);
   encoders(k);
   quantisers(k);
+  lists(k);
+  extremes(k);
   linears(k);
   extremes(k);
   listings(k);
