@@ -171,8 +171,7 @@ def spread_decay_bias(heads: int) -> Tensor:
 class MarCache(DynamicCache):
     """A DynamicCache of convolution and recurrent states that also counts tokens, which `generate` asks for.
 
-    mask: (b, tokens), False at padding; None as long as there was none. States do not tell, and a row that ended in
-    padding cannot go on.
+    mask: (b, tokens), False at padding; None as long as there was none. A row that ended in padding cannot go on.
     """
 
     def __init__(self, config: MarConfig):
