@@ -3,15 +3,15 @@
 #include "crossover.hpp"
 
 #include <algorithm>
+#include <array>
 #include <chrono>
-#include <limits>
 
 namespace mar {
 
 namespace {
 
-constexpr int kRounds = 5;
-constexpr std::size_t kMostBytes = 16 << 20;  // of weights that are read, beyond a core's own cache
+constexpr int kRounds = 7;
+constexpr std::size_t kMostBytes = 256 << 20;  // of weights that are read: more than shared caches hold
 
 struct Work {
   const Linear* linear;
@@ -55,15 +55,14 @@ double crossover(const Kernels& kernels, Pool& pool, const std::vector<const Lin
     });
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
   };
-  constexpr double never = std::numeric_limits<double>::infinity();
-  double half = never, full = never, whole = never;
-  for (int round = 0; round < kRounds; ++round) {  // the best of each: others' work only adds
-    half = std::min(half, seconds(&Work::half, false));
-    full = std::min(full, seconds(&Work::full, false));
-    whole = std::min(whole, seconds(&Work::full, true));
+  // A round's three times are of the same moment, as memory is shared with others' work; the middle round is taken.
+  std::array<double, kRounds> found;
+  for (double& share : found) {
+    const double half = seconds(&Work::half, false), full = seconds(&Work::full, false), whole = seconds(&Work::full, true);
+    share = full <= half ? 1.0 : std::clamp(0.5 + 0.5 * (whole - half) / (full - half), 0.0, 1.0);
   }
-  if (full <= half) return 1.0;
-  return std::clamp(0.5 + 0.5 * (whole - half) / (full - half), 0.0, 1.0);
+  std::nth_element(found.begin(), found.begin() + kRounds / 2, found.end());
+  return found[kRounds / 2];
 }
 
 }  // namespace mar

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import mmap
 import os
 import resource
 import subprocess
@@ -21,7 +22,7 @@ from mar import compact
 from mar import folder as torch_folder
 from mar.compact import GROUP
 from mar.config import NeuronConfig
-from mar.engine import Engine, layout, pack
+from mar.engine import Engine, layout, pack, pages
 from mar.engine.layout import QUAD, SLICE
 from mar.engine.pack import PackSettings
 from tiny_models import mar_model
@@ -255,8 +256,9 @@ def test_a_damaged_file_is_refused_in_one_sentence(student: Path, tmp_path: Path
     place = tmp_path / "spoilt.marpack"
     for content in spoilt(whole):
         place.write_bytes(content)
-        with pytest.raises(ValueError, match=r"^\S+ is damaged \([^.]*\); remove it, and it is packed again\.$"):
-            pack.open_packed(place)
+        for share in (True, False):
+            with pytest.raises(ValueError, match=r"^\S+ is damaged \([^.]*\); remove it, and it is packed again\.$"):
+                pack.open_packed(place, share)
 
 
 def test_a_damaged_file_is_packed_again(student: Path, tmp_path: Path):
@@ -308,6 +310,32 @@ def test_arrays_lie_at_pages_and_are_not_copied(student: Path, tmp_path: Path):
         assert array.ctypes.data % pack.ALIGNMENT == 0
         assert isinstance(array.base, np.memmap)
         assert not array.flags.writeable
+
+
+def test_arrays_that_are_not_shared_are_the_same(student: Path, tmp_path: Path):
+    place = packed(student, tmp_path)
+    _, mapped = pack.open_packed(place)
+    _, own = pack.open_packed(place, share=False)
+    assert own.keys() == mapped.keys()
+    for name, array in own.items():
+        np.testing.assert_array_equal(array, mapped[name])
+        assert array.ctypes.data % pack.ALIGNMENT == 0
+        assert not array.flags.writeable
+
+
+def test_where_the_system_has_no_large_pages_files_are_mapped(
+    student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    place = packed(student, tmp_path)
+    switch = tmp_path / "enabled"
+    monkeypatch.setattr(pages, "SWITCH", switch)
+    assert not pages.large_pages()
+    switch.write_text("always [madvise] never\n")
+    assert pages.large_pages() == hasattr(mmap, "MADV_HUGEPAGE")
+    switch.write_text("always madvise [never]\n")
+    assert not pages.large_pages()
+    _, arrays = pack.open_packed(place, share=False)
+    assert all(isinstance(array.base, np.memmap) for array in arrays.values())
 
 
 def python(code: str, *arguments: str) -> subprocess.Popen:

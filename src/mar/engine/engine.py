@@ -50,8 +50,8 @@ class Engine:
     speed and the counters' rows and bytes hang on it, no result.
     """
 
-    def __init__(self, packed: Path, threads: int | None = None):
-        header, arrays = open_packed(packed)
+    def __init__(self, packed: Path, threads: int | None = None, share: bool = False):
+        header, arrays = open_packed(packed, share)
         self.settings: dict[str, Any] = header["settings"]
         self.packed = packed
         self.threads = min(len(os.sched_getaffinity(0)), MOST_THREADS) if threads is None else threads
@@ -71,18 +71,21 @@ class Engine:
         neurons: bool = True,
         threads: int | None = None,
         cache: str | Path | None = None,
+        share: bool = False,
     ) -> Engine:
-        """A MAR folder's model; packed on first use, then memory-mapped from the user's cache folder (or `cache`).
+        """A MAR folder's model; packed on first use into a file in the user's cache folder (or `cache`).
 
         precision: of the decoder's linears, `fp32`, `bf16`, `int8` or `int4`; None for what a compact folder holds, and
         for int8 of any other. head: of embedding and head, one of these or `int4+int8` (int8 in two steps, for single
         tokens); None for the linears', or for a compact folder's own where its linears are of that precision, in two
         steps where that is int8. neurons: False runs the same weights dense: not the dense model they came from, as
-        training and budgets have changed them. threads: None takes the cores this process may use.
+        training and budgets have changed them. threads: None takes the cores this process may use. share: map the
+        packed file, so that several processes hold its weights once; else, where the system has large pages, each
+        reads them into its own, from which they come faster.
         Raises FileNotFoundError or ValueError, in one sentence, for what is no MAR folder or cannot be run.
         """
         settings = pack_settings(Path(folder), precision, head, neurons)
-        return cls(packed_file(Path(folder), settings, None if cache is None else Path(cache)), threads)
+        return cls(packed_file(Path(folder), settings, None if cache is None else Path(cache)), threads, share)
 
     def new_state(self) -> State:
         """The state before any token."""

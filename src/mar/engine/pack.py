@@ -32,6 +32,7 @@ from mar.compact import (
     to_float,
 )
 from mar.engine.layout import PANEL, SLICE, alternate, pack_codes, pack_linear, pack_stream
+from mar.engine.pages import large_pages, read_into_large_pages
 from mar.weights import damaged_files, weight_files
 
 PRECISIONS = ("fp32", "bf16", "int8", "int4")
@@ -370,8 +371,12 @@ def write_packed(place: Path, settings: dict[str, Any], arrays: dict[str, Array]
         ) from error
 
 
-def open_packed(place: Path) -> tuple[dict[str, Any], dict[str, Array]]:
-    """Header and memory-mapped arrays of a packed file. Raises ValueError where it is damaged."""
+def open_packed(place: Path, share: bool = True) -> tuple[dict[str, Any], dict[str, Array]]:
+    """Header and arrays of a packed file, mapped or read into memory of their own. Raises ValueError if it is damaged.
+
+    share: map the file, whose pages other processes share. Else read it into large pages where the system has them:
+    a page of 4 KB is looked up each time that its weights are read.
+    """
 
     def damaged(problem: str) -> ValueError:
         return ValueError(f"{place} is damaged ({problem}); remove it, and it is packed again.")
@@ -380,7 +385,7 @@ def open_packed(place: Path) -> tuple[dict[str, Any], dict[str, Array]]:
         begin = file.read(START + 8)
     if len(begin) < START + 8 or not begin.startswith(MAGIC):
         raise damaged("it does not start as a packed model does")
-    whole = np.memmap(place, np.uint8, "r")
+    whole = np.memmap(place, np.uint8, "r") if share or not large_pages() else read_into_large_pages(place)
     if hashlib.sha256(whole[START:].data).digest() != begin[len(MAGIC) : START]:
         raise damaged("its contents do not match its digest")
     end = START + 8 + int.from_bytes(begin[START:], "little")
