@@ -15,7 +15,7 @@ using Bytes = std::int8_t __attribute__((vector_size(kLanes)));
 
 inline void store_codes(std::int8_t* to, I codes) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
-  store_bytes((__m256i)codes, to);
+  store_bytes(_mm256_max_epi32((__m256i)codes, _mm256_set1_epi32(-127)), to);  // NaN's code too is one that rows take
 #else
   store(to, __builtin_convertvector(codes, Bytes));
 #endif

@@ -385,6 +385,10 @@ def test_an_interrupted_text_goes_on_where_it_was(
             write(draft, last)
     assert write(draft) == (expected, steps - steps // 3 - steps // 2)
     assert write(Draft(draft.folder, {"seed": 4})) == (expected, steps), "the draft of another text was taken"
+    at_last = Draft(tmp_path / "last", {"seed": 3})
+    with pytest.raises(KeyboardInterrupt):
+        write(at_last, steps)
+    assert write(at_last) == (expected, 0)
 
 
 def test_the_written_with_model_stays_as_it_is(tiny_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -505,6 +505,11 @@ def test_ctrl_c_while_the_teacher_writes_loses_nothing(
     refine(recipe, tmp_path / "stopped", progress=False)
     assert parts_of(tmp_path / "stopped" / "text") == parts_of(tmp_path / "whole" / "text")
     assert not draft.exists()
+    draft.with_suffix(".parquet").unlink()  # it is made again, alone
+    refine(recipe, tmp_path / "stopped", progress=False)
+    assert parts_of(tmp_path / "stopped" / "text") == parts_of(tmp_path / "whole" / "text"), (
+        "a part is made again alone"
+    )
 
 
 def test_the_teacher_s_text_is_as_the_recipe_asks(tiny_llama_folder: Path, teacher: Teacher, tmp_path: Path) -> None:
@@ -568,3 +573,23 @@ def test_recipes_come_back_from_a_step(whole: Refined, tmp_path: Path) -> None:
     before = files_of(whole.folder)
     refine(recipe, whole.folder, progress=False)
     assert files_of(whole.folder) == before
+
+
+@pytest.mark.parametrize(("faster", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_the_teacher_writes_in_the_precision_that_is_faster(
+    tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faster: str, dtype: torch.dtype
+) -> None:
+    used = []
+
+    def write(*args: Any, **settings: Any) -> Any:
+        used.append(settings["dtype"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mar.refinement, "write_text", write)
+    monkeypatch.setattr(mar.refinement, "resolve_precision", lambda precision, device: faster)
+    recipe = Recipe(
+        name="written", teacher=str(tiny_llama_folder), data=DataConfig(source="teacher", length=16), stages={}
+    )
+    with pytest.raises(KeyboardInterrupt):
+        refine(recipe, tmp_path / "run", progress=False)
+    assert used == [dtype]

@@ -196,6 +196,10 @@ def test_what_cannot_become_spiking(
     assert not (tmp_path / "new").exists()
     with pytest.raises(ValueError, match=r"already holds a model; give another folder, or remove it first"):
         verbs.insert(folders["dense"], folders["spiking"], text=str(folders["text"]))
+    (tmp_path / "left").mkdir()
+    (tmp_path / "left" / "model-00002-of-00003.safetensors").touch()
+    with pytest.raises(ValueError, match=r"already holds weights \(model-00002-of-00003\.safetensors\); give another"):
+        verbs.insert(folders["dense"], tmp_path / "left", text=str(folders["text"]))
 
 
 def test_convert_calibrates_on_text(folders: Folders, teacher: Teacher, tmp_path: Path) -> None:

@@ -236,7 +236,7 @@ void linears(const mar::Kernels& k) {
 }
 
 // Sums as large as they get: every weight and every code at an end of its range. Narrow sums would overflow.
-void extremes(const mar::Kernels& k) {
+void block_extremes(const mar::Kernels& k) {
   const int tokens = 13;
   for (Precision precision : {Precision::i8, Precision::i4})
     for (int inputs : {4, 12, 32, 36, 64, 68, 96, 128, 1536})
@@ -386,7 +386,7 @@ void test_kernels(const mar::Variant& variant) {
   lists(k);
   extremes(k);
   linears(k);
-  extremes(k);
+  block_extremes(k);
   listings(k);
   heads(k, 8, 6, 4, true, true);
   heads(k, 64, 64, 4, true, true);

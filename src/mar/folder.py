@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import tempfile
 from copy import deepcopy
 from datetime import UTC, datetime
@@ -57,6 +58,8 @@ def save_student(
     }
     with explain_disk_full(folder), quiet():
         folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(f"{TEMPORARY}*"):  # of a process that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=folder) as work:
             draft = Path(work)
             if tensors is None:

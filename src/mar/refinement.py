@@ -74,8 +74,9 @@ def refine(
     begin()
     run.folder.mkdir(parents=True, exist_ok=True)
     if recipe.data.source == "teacher":
+        precision = resolve_precision("auto", teacher.model.device)  # by all processes, before one of them writes
         with run.process.main_process_first():
-            run.write_text()
+            run.write_text(torch.bfloat16 if precision == "bf16" else torch.float32)
     student = run.step("convert", run.convert)
     students = {}
     metrics = {}
@@ -105,7 +106,9 @@ class _RefineRun:
         """Raise ValueError where text or a finished step is another recipe's or teacher's."""
         if self.recipe.data.source == "teacher":
             for split in ("train", "held_out"):
-                for part, path in enumerate(sorted((self.folder / "text" / split).glob("part-*.parquet"))):
+                for path in sorted((self.folder / "text" / split).glob("part-*.parquet")):
+                    # By its name: a part in between may be missing, and names of four digits sort among those of three.
+                    part = int(path.stem.removeprefix("part-"))
                     _refuse_other(path, read_meta(path), self._text_settings(split, part))
         for count, name in enumerate(self._step_names()):
             folder, settings = self.folder / f"{count}-{name}", self._settings(name)
@@ -126,8 +129,11 @@ class _RefineRun:
     def _text_settings(self, split: str, part: int) -> dict[str, Any]:
         return {"part": part, "split": split, **asdict(self.recipe.writing), "teacher": self.teacher.source}
 
-    def write_text(self) -> None:
-        """Let the teacher write training and held-out text, in parts: Ctrl-C loses nothing, a kill one part only."""
+    def write_text(self, dtype: torch.dtype) -> None:
+        """Let the teacher write training and held-out text, in parts: Ctrl-C loses nothing, a kill one part only.
+
+        dtype: of the teacher's weights meanwhile, whichever is multiplied faster here.
+        """
         wanted = self.recipe.writing
         for split, prompts, tokens in (
             ("train", TRAIN_PROMPTS, wanted.tokens),
@@ -137,11 +143,13 @@ class _RefineRun:
             while done < tokens:
                 path = self.folder / "text" / split / f"part-{part:03d}.parquet"
                 settings = self._text_settings(split, part)
-                draft = Draft(path.with_suffix(".draft"), settings)
+                draft = Draft(path.with_suffix(".draft"), {**settings, "dtype": str(dtype)})
                 if path.is_file():
                     _refuse_other(path, read_meta(path), settings)
                 else:
                     size = min(wanted.batch_size * wanted.length, tokens - done)
+                    if self.progress:
+                        say(f"Writing {size:,} tokens of {split} text; a kill would lose them, Ctrl-C does not.")
                     documents = write_text(
                         self.teacher.model,
                         self.teacher.tokenizer,
@@ -152,6 +160,7 @@ class _RefineRun:
                         temperature=wanted.temperature,
                         seed=wanted.seed * 10_000 + part,
                         progress=self.progress,
+                        dtype=dtype,
                         draft=draft,
                     )
                     with explain_disk_full(self.folder):

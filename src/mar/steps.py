@@ -245,6 +245,8 @@ def _alone_in_new(output: Path) -> Iterator[None]:
 def _refuse_taken(output: Path) -> None:
     if (output / "config.json").exists():
         raise ValueError(f"{output} already holds a model; give another folder, or remove it first.")
+    for weights in output.glob("*.safetensors"):  # which would be read along with the new ones, or in their place
+        raise ValueError(f"{output} already holds weights ({weights.name}); give another folder, or remove them first.")
     place = next(place for place in (output.absolute(), *output.absolute().parents) if place.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise ValueError(f"{output} cannot be written, as {place} is no folder to write in; name another.")

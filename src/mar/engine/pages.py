@@ -30,12 +30,18 @@ def large_pages() -> bool:
 
 
 def read_into_large_pages(place: Path) -> NDArray[np.uint8]:
-    """A file's bytes, read-only. Raises OSError where it cannot be read whole."""
+    """A file's bytes, read-only. Raises OSError where it cannot be read whole, or memory is short."""
     with open(place, "rb") as file:
         count = file.seek(0, 2)
         file.seek(0)
-        memory = mmap.mmap(-1, count + SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        memory.madvise(mmap.MADV_HUGEPAGE)
+        try:
+            memory = mmap.mmap(-1, count + SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        except OSError as error:
+            raise OSError(
+                f"{place} takes {count >> 20:,} MB of memory, which this process cannot have ({error.strerror}); "
+                "free some, or map the file with share=True."
+            ) from error
         whole = np.frombuffer(memory, np.uint8)
         start = -whole.ctypes.data % SIZE
         whole = whole[start : start + count]
