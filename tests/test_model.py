@@ -146,9 +146,13 @@ def test_rows_of_a_cache_take_their_padding_along(model):
     ids, mask = tokens(2, 6), torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
     cache = model(ids, attention_mask=mask).past_key_values
     cache.reorder_cache(torch.tensor([0, 0]))
-    model(ids[:, :1], past_key_values=cache)
+    following = ids[:1, :1].expand(2, 1)
+    whole = model(torch.cat([ids[:1].expand(2, 6), following], dim=1)).logits
+    step = model(following, past_key_values=cache).logits
+    torch.testing.assert_close(step, whole[:, -1:], rtol=1e-4, atol=1e-4)
     cache.reset()
-    model(ids, past_key_values=cache)
+    again = model(ids, past_key_values=cache).logits
+    torch.testing.assert_close(again, model(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
