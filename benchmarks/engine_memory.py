@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from mar import _native
 from mar.engine.pack import PRECISIONS, pack_settings, packed_file
 from timing import arguments, environment, finish, settings, show
 
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     found = {}
     for precision in options.precision:
-        packed = packed_file(options.student, pack_settings(options.student, precision, None, True))
+        packed = packed_file(options.student, pack_settings(options.student, precision, None, True, _native.PANEL))
         found[precision] = measure(packed, options.threads, options.prompt, options.tokens)
     figures = ("packed", "peak", "allowed", "mapped", "allocated")
     rows = [[name, *(one[figure] / 1e6 for figure in figures)] for name, one in found.items()]

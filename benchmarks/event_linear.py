@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mar import _native
-from mar.engine.layout import PANEL, pack_linear
+from mar.engine.layout import pack_linear
 from timing import alternate, arguments, environment, finish, memory_read, settings, show, speedup, turns
 
 DENSITIES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -42,9 +42,9 @@ def stack(precision: str, inputs: int, outputs: int, layers: int, threads: int, 
     random = np.random.default_rng(seed)
     found = []
     for _ in range(layers):
-        packed = pack_linear(random.standard_normal((outputs, inputs), np.float32), precision).items()
+        packed = pack_linear(random.standard_normal((outputs, inputs), np.float32), precision, _native.PANEL).items()
         flat = {f"linear.{kind}": np.ascontiguousarray(array).reshape(-1).view(np.uint8) for kind, array in packed}
-        found.append(_native.Linear(precision, inputs, outputs, flat, PANEL, threads))
+        found.append(_native.Linear(precision, inputs, outputs, flat, _native.PANEL, threads))
     return found
 
 

@@ -315,6 +315,7 @@ NB_MODULE(_native, m) {
   m.attr("SLICE") = mar::kSlice;
   m.attr("QUAD") = mar::kQuad;
   m.attr("GROUP") = mar::kGroup;
+  m.attr("PANEL") = variant().kernels->panel;
 
   m.def("variant", [] {
     const auto& chosen = variant();
@@ -352,7 +353,10 @@ NB_MODULE(_native, m) {
       .def_prop_ro("code_count", [](const Engine& e) { return e.model.code_count(); })
       .def_prop_ro("outputs", [](const Engine& e) { return e.model.head.outputs(); })
       .def_prop_ro("threads", [](const Engine& e) { return e.model.threads(); })
-      .def_prop_ro("crossover", [](const Engine& e) { return e.model.crossover(); })
+      .def_prop_ro("crossovers", [](const Engine& e) {
+        const auto shares = e.model.crossovers();
+        return std::vector<double>(shares.begin(), shares.end());
+      })
       .def("reset_counts", &Engine::reset_counts)
       .def("counted_tokens", [](const Engine& e) { return e.model.counted_tokens; })
       .def("counts", &Engine::counts);

@@ -8,8 +8,15 @@
 
 namespace mar {
 
-// The share, 0 to 1, above which the linears are read faster whole than by rows, on this machine and so many threads.
-// Takes tens of milliseconds. 1 where none of them can be read whole.
-double crossover(const Kernels& kernels, Pool& pool, const std::vector<const Linear*>& linears);
+// A linear of a model, one of its kind; threads share its rows, or else its outputs.
+struct Timed {
+  Linear* linear;
+  int kind;
+  bool by_rows;
+};
+
+// Sets `whole_above` of the linears, the same for all of a kind, to the share, 0 to 1, above which they are read faster
+// whole than by rows, on this machine and so many threads. Takes tenths of a second. Leaves what cannot be read whole.
+void set_crossovers(const Kernels& kernels, Pool& pool, const std::vector<Timed>& linears);
 
 }  // namespace mar

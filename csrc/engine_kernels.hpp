@@ -11,6 +11,8 @@ void rows_f32(Block block, Rows rows, float* acc);
 void rows_bf16(Block block, Rows rows, float* acc);
 void rows_i8(Block block, Rows rows, std::int32_t* acc);
 void rows_i4(Block block, Rows rows, Groups groups, float* out);
+
+// stream.cpp
 void stream_i4(Stream stream, Piece piece, const std::int8_t* codes, const std::int32_t* sums, float* out);
 
 // blocks.cpp

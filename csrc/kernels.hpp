@@ -54,9 +54,9 @@ struct Groups {
   }
 };
 
-// Weights in int4 for reading them whole, in the order of the multiplying instruction: of each two slices, for every
-// kQuad inputs four lines, line k with outputs 16 k to 16 k + 15 of the one in low and of the other in high nibbles, an
-// output's inputs side by side. Scales: bf16, of each two slices [group][output].
+// Weights in int4 for reading them whole, in the order of the multiplying instruction: of each two slices, the first half of
+// their outputs and then the second; of a half, for every kQuad inputs two lines with the outputs of the one slice in low
+// and of the other in high nibbles, an output's inputs side by side. Scales: bf16, of each two slices [group][output].
 struct Stream {
   const std::uint8_t* weights;
   const std::uint16_t* scales;
@@ -104,6 +104,9 @@ inline std::size_t window_keys(int tokens, int size) { return (filled16(tokens) 
 inline std::size_t window_values(int tokens, int width) { return (tokens + std::size_t{1}) * filled16(width); }
 
 struct Kernels {
+  // Slices of one panel of weights, at most: how long a piece of a row is best.
+  int panel;
+
   // y = x / sqrt(mean(x^2) + eps) * weight.
   void (*rms_norm)(const float* x, const float* weight, float eps, int n, float* y);
   // codes = clamp(trunc((x + p V sign(x)) / V)).

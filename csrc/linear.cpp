@@ -79,7 +79,7 @@ void Listing::list_codes(const Kernels& k, const Linear& linear, const std::int8
   group_ends_.clear();
   group_sums_.clear();
   piece_ = {};
-  if (linear.stream.weights && begin < end && (all || static_cast<double>(nonzero) > most_ * (end - begin))) {
+  if (linear.stream.weights && begin < end && (all || static_cast<double>(nonzero) > linear.whole_above * (end - begin))) {
     piece_.group = begin / kGroup;
     piece_.groups = (end + kGroup - 1) / kGroup - piece_.group;
     const int first = piece_.group * kGroup;
@@ -105,7 +105,7 @@ void Listing::list_codes(const Kernels& k, const Linear& linear, const std::int8
     }
     if (linear.integer()) {
       for (; count % kQuad; ++count) {
-        index_[count] = first;
+        index_[count] = index_[count - 1];  // is read anyway
         listed_[count] = 0;
       }
     } else {

@@ -27,6 +27,7 @@ struct Linear {
   const void* scales;         // i8: float a output; i4: bf16 [group][output], of two slices by scale_place; else null
   const float* bias;          // slices * 64, or null
   Stream stream;              // i4: the same weights once more, for inputs that ask for most of them; else empty
+  double whole_above = 1;     // share of codes not zero above which the stream is read
 
   int outputs() const { return slices * kSlice; }
   int groups() const { return precision == Precision::i4 ? (inputs + kGroup - 1) / kGroup : 1; }
@@ -98,7 +99,6 @@ class Lines {
 class Listing {
  public:
   void reserve(int inputs, int outputs);  // the most of any linear
-  void read_whole_above(double share) { most_ = share; }  // of rows asked for, where a linear can be read so; at first 1
 
   // Rows [begin, end) of x: encoded by the site's neuron, else quantised (over the whole of x) or as they are.
   // given: codes to use instead of the neuron's; taken: where to write the neuron's; both over all inputs, or null.
@@ -126,7 +126,6 @@ class Listing {
   Rows rows_{};
   Piece piece_{};  // of the stream that is read, where its groups are not 0
   float token_scale_ = 1.0f;
-  double most_ = 1;  // share of rows that are listed, before all are read
   std::int64_t spikes_ = 0, nonzero_ = 0;
 };
 

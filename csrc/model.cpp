@@ -54,18 +54,27 @@ void Model::finish() {
     t->counts.resize(layers.size() * kSites);
     threads_.push_back(std::move(t));
   }
-  std::vector<const Linear*> linears;
-  for (const auto& layer : layers)
-    for (const Site* site : {&layer.in_proj, &layer.out_proj, &layer.gate_up, &layer.down_proj}) linears.push_back(&site->linear);
-  linears.push_back(&head);  // the only one where the decoder is not in int4
-  crossover_ = mar::crossover(*kernels_, *pool_, linears);
-  for (auto& thread : threads_) thread->listing.read_whole_above(crossover_);
+  std::vector<Timed> linears;
+  for (auto& layer : layers) {
+    linears.push_back({&layer.in_proj.linear, 0, false});
+    linears.push_back({&layer.out_proj.linear, 1, true});
+    linears.push_back({&layer.gate_up.linear, 2, false});
+    linears.push_back({&layer.down_proj.linear, 3, true});
+  }
+  linears.push_back({&head, kSites, false});
+  set_crossovers(*kernels_, *pool_, linears);
   for (int i = 0; i < shape.size / 2; ++i) rates_.push_back(std::pow(shape.rotary_base, -i / (shape.size / 2.0)));
   hidden_.resize(most);
   projected_.resize(shape.channels() + shape.inner() + 2 * kSlice);
   mixed_.resize(most);
   product_.resize(most);
   rough_.resize(static_cast<std::size_t>(rough.pairs) * 2 * kSlice);
+}
+
+std::array<double, kSites + 1> Model::crossovers() const {
+  const Layer& first = layers.front();
+  return {first.in_proj.linear.whole_above, first.out_proj.linear.whole_above, first.gate_up.linear.whole_above,
+          first.down_proj.linear.whole_above, head.whole_above};
 }
 
 std::size_t Model::conv_floats() const {

@@ -3,6 +3,7 @@
 // Does not: own weights, sample, tokenise.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -81,7 +82,8 @@ class Model {
                float* logits);
 
   int threads() const { return pool_->size(); }
-  double crossover() const { return crossover_; }  // share of codes not zero above which linears are read whole
+  // Share of codes not zero above which a site's linears are read whole; the head's last.
+  std::array<double, kSites + 1> crossovers() const;
   std::vector<Counts> counts() const;  // layers x kSites
   void reset_counts();
   std::int64_t counted_tokens = 0;
@@ -107,7 +109,6 @@ class Model {
   std::shared_ptr<Pool> pool_;
   std::vector<std::unique_ptr<Thread>> threads_;
   std::unique_ptr<Wide> wide_;
-  double crossover_ = 1;
   std::vector<double> rates_;  // of the rotary angles, N / 2
   std::vector<float> hidden_, projected_, mixed_, product_, rough_;
 };

@@ -1,6 +1,6 @@
 // One token through a linear: the sum of the rows of weights that are asked for. Compiled once per instruction set.
-// Does: read just those rows, in slices of 64 outputs, ahead of time; or, in int4, all of them in the order of memory.
-// Does not: list them, or choose (linear.cpp).
+// Does: read just those rows, ahead of time. Does not: list them, or read all of them in an order of their own (stream.cpp).
+#include "avx2.hpp"
 #include "engine_kernels.hpp"
 #include "engine_vectors.hpp"
 
@@ -81,20 +81,6 @@ inline void rows_float(Block block, Rows rows, float* acc) {
     for (int k = 0; k < kParts; ++k) store(to + k * kLanes, sums[k]);
   });
 }
-
-// How far ahead a stream is called in, in bytes: the hardware's own calls end at a page, before what this takes to come.
-constexpr int kAhead = 8192;
-
-// Where a stream's pieces lie, and how many quads of inputs a group has.
-constexpr int kLines = kQuad * kSlice;  // bytes of one quad of inputs and two slices
-
-inline const std::uint8_t* lines_of(Stream stream, Piece piece, int pair) {
-  return stream.weights + (static_cast<std::size_t>(piece.pair + pair) * stream.quads + piece.group * (kGroup / kQuad)) * kLines;
-}
-inline const std::uint16_t* scales_of(Stream stream, Piece piece, int pair) {
-  return stream.scales + (static_cast<std::size_t>(piece.pair + pair) * stream.groups() + piece.group) * 2 * kSlice;
-}
-inline int quads_of(Stream stream, int group) { return std::min(kGroup / kQuad, stream.quads - group * (kGroup / kQuad)); }
 
 }  // namespace
 
@@ -183,190 +169,177 @@ void rows_i4(Block block, Rows rows, Groups groups, float* out) {
   }
 }
 
-void stream_i4(Stream stream, Piece piece, const std::int8_t* codes, const std::int32_t* sums, float* out) {
-  const __m512i low_half = _mm512_set1_epi8(15);
-  for (int pair = 0; pair < piece.pairs; ++pair, out += 2 * kSlice) {
-    const std::uint8_t* line = lines_of(stream, piece, pair);
-    const std::uint16_t* scales = scales_of(stream, piece, pair);
-    F totals[8] = {};
-    for (int group = 0; group < piece.groups; ++group, scales += 2 * kSlice) {
-      __m512i sum[8];
-      for (auto& one : sum) one = _mm512_setzero_si512();
-      const std::int8_t* code = codes + group * kGroup;
-      for (int quad = quads_of(stream, piece.group + group); quad > 0; --quad, line += kLines, code += kQuad) {
-        const __m512i four = four_codes(code);
-        for (int k = 0; k < 4; ++k) {
-          __builtin_prefetch(line + k * 64 + kAhead, 0, 3);
-          const __m512i both = load<__m512i>(line + k * 64);
-          sum[k] = _mm512_dpbusd_epi32(sum[k], both, four);
-          sum[4 + k] = _mm512_dpbusd_epi32(sum[4 + k], _mm512_andnot_si512(low_half, both), four);
-        }
-      }
-      for (int k = 0; k < 8; ++k)
-        totals[k] += to_float((k < 4 ? (I)sum[k] - (I)sum[4 + k] : (I)sum[k] >> 4) - 8 * sums[group]) *
-                     bf16_to_float(scales + k * kLanes);
-    }
-    for (int k = 0; k < 8; ++k) store(out + k * kLanes, totals[k]);
-  }
-}
-
 #elif defined(__AVX2__)
-
-// Bytes are multiplied and added two by two, to 16 bits (maddubs); to these sums others are added modulo 2^16. So a sum may
-// pass through any value and is right if it ends within 16 bits. Each kernel says why it does, and why no two products
-// are more than 16 bits hold, where maddubs would stop. Codes lie in [-127, 127].
+// Bytes are multiplied and added two by two, to 16 bits (maddubs), and no two products may be more than these hold, where
+// maddubs would stop. Codes lie in [-127, 127].
 namespace {
 
 constexpr int kBytes = 32;  // of a register
 
-inline __m256i two_codes(const void* codes) {
-  std::int16_t two;
-  std::memcpy(&two, codes, 2);
-  return _mm256_set1_epi16(two);
-}
+// Rows go four by four along all of their lines, their sums in the first-level cache. The next four are called in line by
+// line meanwhile: many lines called at once, or rows in short pieces, took up to twice as long where memory is slow
+// (docs/lab-log.md).
 
-inline int sum_of(const std::int8_t* codes, int count) {
-  int total = 0;
-  for (int r = 0; r < count; ++r) total += codes[r];
-  return total;
-}
-
-// Of 16-bit numbers, eight.
-inline __m256i widened(const std::int16_t* from) { return _mm256_cvtepi16_epi32(load<__m128i>(from)); }
-
-// Where the unpacked halves of registers of rows leave output 8 j of a slice.
-constexpr int unpacked_place(int j) { return j / 4 * 32 + j % 2 * 16 + j % 4 / 2 * 8; }
-
-// The steps of up to kTogether listed rows in int8: two rows, and what they are multiplied by; in runs.
-struct Steps {
-  struct Step {
-    int row;
-    std::int8_t codes[2];
-  };
-  Step steps[kTogether];
-  int ends[kTogether / 2];  // of runs
-  int sums[kTogether / 2];  // of their codes
-  int count = 0, runs = 0;
-};
-
-// Two products of bytes up to 255 fit 16 bits where their codes' sizes add up to 128 or less: larger codes are multiplied in
-// two halves. Less 128, as they stand for, weights are within 128: a run's sum is where its codes' sizes add up to 255 or less.
-inline Steps steps_of(const std::int8_t* codes, int count) {
-  Steps found;
-  int size = 256, sum = 0;
-  for (int r = 0; r < count; r += 2) {
-    const int first = codes[r], second = codes[r + 1], here = std::abs(first) + std::abs(second);
-    if (size + here > 255) {
-      ++found.runs;
-      size = sum = 0;
-    }
-    size += here;
-    sum += first + second;
-    const bool halved = here > 128;
-    const int half[2] = {halved ? first / 2 : 0, halved ? second / 2 : 0};
-    if (halved) found.steps[found.count++] = {r, {static_cast<std::int8_t>(half[0]), static_cast<std::int8_t>(half[1])}};
-    found.steps[found.count++] = {r, {static_cast<std::int8_t>(first - half[0]), static_cast<std::int8_t>(second - half[1])}};
-    found.ends[found.runs - 1] = found.count;
-    found.sums[found.runs - 1] = sum;
+// Calls work(four rows, line) for lines of the listed rows from `at` on.
+template <typename Work>
+inline void by_lines(Block block, Rows rows, int at, int lines, Work work) {
+  const std::uint8_t *row[kQuad], *next[kQuad];
+  for (int r = 0; r < kQuad; ++r) {
+    row[r] = row_at(block, rows, at + r);
+    next[r] = row_at(block, rows, std::min(at + kQuad + r, rows.count - 1));
   }
+  for (int line = 0; line < lines; ++line) {
+    for (int r = 0; r < kQuad; ++r) __builtin_prefetch(next[r] + line * 64, 0, 2);
+    work(row, line);
+  }
+}
+
+// Four codes, each pair in halves where its products could be more than 16 bits hold.
+struct Steps {
+  std::int32_t codes[2];
+  int count;
+};
+inline Steps steps_of(const std::int8_t* codes) {
+  const auto size = [&](int r) { return std::abs(codes[r]) + std::abs(codes[r + 1]); };
+  std::int8_t parts[2][kQuad];
+  const int count = std::max(size(0), size(2)) > 128 ? 2 : 1;
+  for (int r = 0; r < kQuad; ++r) {
+    parts[0][r] = static_cast<std::int8_t>(codes[r] / count);
+    parts[1][r] = static_cast<std::int8_t>(codes[r] - parts[0][r]);
+  }
+  Steps found{{}, count};
+  std::memcpy(found.codes, parts, sizeof parts);
   return found;
 }
 
 }  // namespace
 
 void rows_i8(Block block, Rows rows, std::int32_t* acc) {
-  std::fill(acc, acc + block.slices * kSlice, 128 * sum_of(rows.codes, rows.count));
-  Steps steps;
-  const auto end_of = [&](int start) { return std::min(start + kTogether, rows.count); };
-  by_blocks<kSlice>(block, rows, end_of, [&](int s, const std::uint8_t* const* row, int count, int start) {
-    if (s == 0) steps = steps_of(rows.codes + start, count);
-    const std::size_t at = static_cast<std::size_t>(s) * kSlice;
-    std::int32_t* to = acc + at;
-    for (int run = 0, step = 0; run < steps.runs; ++run) {
-      __m256i sums[4];
-      for (auto& one : sums) one = _mm256_set1_epi16(static_cast<std::int16_t>(-128 * steps.sums[run]));
-      for (; step < steps.ends[run]; ++step) {
-        const std::uint8_t* const* two = row + steps.steps[step].row;
-        const __m256i codes = two_codes(steps.steps[step].codes);
-        for (int h = 0; h < 2; ++h) {
-          const __m256i a = load<__m256i>(two[0] + at + h * kBytes), b = load<__m256i>(two[1] + at + h * kBytes);
-          sums[2 * h] = _mm256_add_epi16(sums[2 * h], _mm256_maddubs_epi16(_mm256_unpacklo_epi8(a, b), codes));
-          sums[2 * h + 1] = _mm256_add_epi16(sums[2 * h + 1], _mm256_maddubs_epi16(_mm256_unpackhi_epi8(a, b), codes));
+  const __m256i ones = _mm256_set1_epi16(1);
+  std::fill(acc, acc + block.slices * kSlice, 0);
+  for (int at = 0; at < rows.count; at += kQuad) {
+    const Steps steps = steps_of(rows.codes + at);
+    by_lines(block, rows, at, block.slices, [&](const std::uint8_t* const* row, int line) {
+      for (int half = 0; half < kSlice; half += kBytes) {
+        __m256i from[kQuad];
+        for (int r = 0; r < kQuad; ++r) from[r] = load<__m256i>(row[r] + line * kSlice + half);
+        const __m256i a = _mm256_unpacklo_epi8(from[0], from[1]), b = _mm256_unpackhi_epi8(from[0], from[1]);
+        const __m256i c = _mm256_unpacklo_epi8(from[2], from[3]), d = _mm256_unpackhi_epi8(from[2], from[3]);
+        const __m256i mixed[4] = {_mm256_unpacklo_epi16(a, c), _mm256_unpackhi_epi16(a, c), _mm256_unpacklo_epi16(b, d),
+                                  _mm256_unpackhi_epi16(b, d)};
+        std::int32_t* to = acc + line * kSlice + half;
+        for (int step = 0; step < steps.count; ++step) {
+          const __m256i codes = _mm256_set1_epi32(steps.codes[step]);
+          for (int j = 0; j < 4; ++j) {
+            const __m256i product = _mm256_madd_epi16(_mm256_maddubs_epi16(mixed[j], codes), ones);
+            store(to + 8 * j, _mm256_add_epi32(load<__m256i>(to + 8 * j), product));
+          }
         }
       }
-      std::int16_t short_sums[kSlice];
-      for (int k = 0; k < 4; ++k) store(short_sums + k * 16, sums[k]);
-      for (int j = 0; j < 8; ++j)
-        store(to + 8 * j, _mm256_add_epi32(load<__m256i>(to + 8 * j), widened(short_sums + unpacked_place(j))));
-    }
-  });
+    });
+  }
+  // Vector j of 32 outputs has outputs 4 j and on of the first sixteen and of the last.
+  for (int at = 0; at < block.slices * kSlice; at += kBytes) {
+    __m256i v[4];
+    for (int j = 0; j < 4; ++j) v[j] = load<__m256i>(acc + at + 8 * j);
+    store(acc + at, _mm256_permute2x128_si256(v[0], v[1], 0x20));
+    store(acc + at + 8, _mm256_permute2x128_si256(v[2], v[3], 0x20));
+    store(acc + at + 16, _mm256_permute2x128_si256(v[0], v[1], 0x31));
+    store(acc + at + 24, _mm256_permute2x128_si256(v[2], v[3], 0x31));
+  }
 }
 
 namespace {
 
-constexpr int kRun = 32;  // rows in int4: nibbles less 8 are within 8, and 32 times 8 times 127 is 32,512
+constexpr int kMostLines = 24;  // of rows in int4 that are worked on at once: a panel
+// To 16-bit sums others are added modulo 2^16: one may pass through any value and is right if it ends within 16 bits.
+// Nibbles less 8 are within 8: so are sums whose codes' sizes add up to 4,095 or less, and those of kRun rows.
+constexpr int kMostSizes = 4095, kRun = 32;
 
-// Sums of two slices, the first slice's at unpacked_place, the second's after them.
+// Sums of a line's two slices: of the first and second half of the one, then of the other, as unpacked registers have them.
 struct ShortSums {
   std::int16_t of[2 * kSlice];
 };
 
-inline __m256i plus_products(__m256i sums, __m256i nibbles, __m256i codes) {
-  return _mm256_add_epi16(sums, _mm256_maddubs_epi16(nibbles, codes));
+inline __m256i two_codes(const std::int8_t* codes) {
+  std::int16_t two;
+  std::memcpy(&two, codes, sizeof two);
+  return _mm256_set1_epi16(two);
 }
 
-// Sums of the low and high nibbles of 32 bytes of rows, of their unpacked halves. By value, in fours: GCC 12 keeps all
-// eight in registers only so.
-struct Nibbles {
-  __m256i low0, low1, high0, high1;
+// A run: rows of one group, whose sums fit 16 bits; less: what its sums start from. More sums of the group, or null.
+struct Run {
+  __m256i less;
+  const ShortSums* others;
+  const std::uint16_t* scales;
+  float* out;
 };
 
-inline Nibbles plus_rows(Nibbles sums, __m256i first, __m256i second, __m256i codes) {
-  const __m256i low_half = _mm256_set1_epi8(15);
-  const __m256i mixed0 = _mm256_unpacklo_epi8(first, second);
-  sums.low0 = plus_products(sums.low0, _mm256_and_si256(mixed0, low_half), codes);
-  sums.high0 = plus_products(sums.high0, _mm256_and_si256(_mm256_srli_epi16(mixed0, 4), low_half), codes);
-  const __m256i mixed1 = _mm256_unpackhi_epi8(first, second);
-  sums.low1 = plus_products(sums.low1, _mm256_and_si256(mixed1, low_half), codes);
-  sums.high1 = plus_products(sums.high1, _mm256_and_si256(_mm256_srli_epi16(mixed1, 4), low_half), codes);
-  return sums;
-}
+inline __m128i of_lane(__m256i v, int lane) { return lane ? _mm256_extracti128_si256(v, 1) : _mm256_castsi256_si128(v); }
 
-// Up to kRun rows' codes times nibbles less 8; sum: of the codes.
-inline ShortSums run_of(const std::uint8_t* const* row, const std::int8_t* codes, int count, int sum, std::size_t line) {
-  const __m256i start = _mm256_set1_epi16(static_cast<std::int16_t>(-8 * sum));
-  Nibbles front{start, start, start, start}, back = front;
-  for (int r = 0; r < count; r += 2) {
-    const __m256i two = two_codes(codes + r);
-    const std::uint8_t *first = row[r] + line, *second = row[r + 1] + line;
-    front = plus_rows(front, load<__m256i>(first), load<__m256i>(second), two);
-    back = plus_rows(back, load<__m256i>(first + kBytes), load<__m256i>(second + kBytes), two);
-  }
-  const __m256i sums[8] = {front.low0, front.low1, back.low0, back.low1, front.high0, front.high1, back.high0, back.high1};
-  ShortSums found;
-  for (int k = 0; k < 8; ++k) store(found.of + k * 16, sums[k]);
-  return found;
-}
-
-inline void add_scaled(__m256i sum, __m256i scale, float* to) {
+// Eight of a slice's sums, scaled, to `to` and on.
+inline void add_scaled(__m128i sums, const std::int16_t* others, __m256i scale, float* to) {
+  __m256i sum = _mm256_cvtepi16_epi32(sums);
+  if (others) sum = _mm256_add_epi32(sum, _mm256_cvtepi16_epi32(load<__m128i>(others)));
   store(to, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), _mm256_castsi256_ps(scale), load<__m256>(to)));
 }
 
-template <int Runs>
-inline void add_runs(const ShortSums* runs, const std::uint16_t* scales, float* to) {
-  const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
-#pragma GCC unroll 8
-  for (int j = 0; j < 8; ++j) {
-    const int place = unpacked_place(j);
-    __m256i low = widened(runs[0].of + place), high = widened(runs[0].of + kSlice + place);
-    if constexpr (Runs == 2) {
-      low = _mm256_add_epi32(low, widened(runs[1].of + place));
-      high = _mm256_add_epi32(high, widened(runs[1].of + kSlice + place));
+// Codes times nibbles less 8 of four rows. Sums begin with the First four and go to the outputs with the Last.
+template <bool First, bool Last>
+inline void four_i4(Block block, Rows rows, int at, const Run& run, ShortSums* sums) {
+  const __m256i low_half = _mm256_set1_epi8(15), upper = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+  const __m256i codes[2] = {two_codes(rows.codes + at), two_codes(rows.codes + at + 2)};
+  by_lines(block, rows, at, block.slices / 2, [=](const std::uint8_t* const* row, int line) {
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      std::int16_t* place = sums[line].of + half * kBytes;  // two registers of the one slice, and kSlice on of the other
+      __m256i sum[4];
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) sum[k] = First ? run.less : load<__m256i>(place + k / 2 * kSlice + k % 2 * 16);
+#pragma GCC unroll 2
+      for (int two = 0; two < 2; ++two) {
+        const __m256i a = load<__m256i>(row[2 * two] + line * kSlice + half * kBytes);
+        const __m256i b = load<__m256i>(row[2 * two + 1] + line * kSlice + half * kBytes);
+        const __m256i mixed[2] = {_mm256_unpacklo_epi8(a, b), _mm256_unpackhi_epi8(a, b)};
+#pragma GCC unroll 2
+        for (int k = 0; k < 2; ++k) {
+          const __m256i high = _mm256_and_si256(_mm256_srli_epi16(mixed[k], 4), low_half);
+          sum[k] = plus_16(sum[k], _mm256_maddubs_epi16(_mm256_and_si256(mixed[k], low_half), codes[two]));
+          sum[2 + k] = plus_16(sum[2 + k], _mm256_maddubs_epi16(high, codes[two]));
+        }
+      }
+      if constexpr (!Last) {
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; ++k) store(place + k / 2 * kSlice + k % 2 * 16, sum[k]);
+        continue;
+      }
+      // Register k has outputs 8 k and on of each slice's half, and those 16 further on.
+#pragma GCC unroll 4
+      for (int part = 0; part < 4; ++part) {
+        const int k = part / 2, lane = part % 2, column = half * kBytes + k * 8 + lane * 16;
+        const std::uint16_t* scales = run.scales + line * 2 * kSlice;
+        const __m256i pairs = _mm256_inserti128_si256(_mm256_castsi128_si256(load<__m128i>(scales + scale_place(column))),
+                                                      load<__m128i>(scales + scale_place(column + 4)), 1);
+        const std::int16_t* others = run.others ? run.others[line].of + half * kBytes + k * 16 + lane * 8 : nullptr;
+        float* to = run.out + line * 2 * kSlice + column;
+        add_scaled(of_lane(sum[k], lane), others, _mm256_slli_epi32(pairs, 16), to);
+        add_scaled(of_lane(sum[2 + k], lane), others ? others + kSlice : nullptr, _mm256_and_si256(pairs, upper), to + kSlice);
+      }
     }
-    const __m256i pairs = _mm256_inserti128_si256(_mm256_castsi128_si256(load<__m128i>(scales + scale_place(8 * j))),
-                                                  load<__m128i>(scales + scale_place(8 * j + 4)), 1);
-    add_scaled(low, _mm256_slli_epi32(pairs, 16), to + 8 * j);
-    add_scaled(high, _mm256_and_si256(pairs, upper), to + kSlice + 8 * j);
+  });
+}
+
+// The listed rows [start, end): to the outputs, or to `sums`.
+inline void run_i4(Block block, Rows rows, int start, int end, Run run, ShortSums* sums, bool out) {
+  int total = 0;
+  for (int r = start; r < end; ++r) total += rows.codes[r];
+  run.less = _mm256_set1_epi16(static_cast<std::int16_t>(-8 * total));
+  for (int at = start; at < end; at += kQuad) {
+    const bool last = out && at + kQuad == end;
+    if (at == start)
+      last ? four_i4<true, true>(block, rows, at, run, sums) : four_i4<true, false>(block, rows, at, run, sums);
+    else
+      last ? four_i4<false, true>(block, rows, at, run, sums) : four_i4<false, false>(block, rows, at, run, sums);
   }
 }
 
@@ -374,109 +347,25 @@ inline void add_runs(const ShortSums* runs, const std::uint16_t* scales, float* 
 
 void rows_i4(Block block, Rows rows, Groups groups, float* out) {
   std::fill(out, out + block.slices * kSlice, 0.0f);
-  int first_sum = 0, second_sum = 0;
-  const auto end_of = [&](int start) { return groups.end_after(start); };
-  by_blocks<kSlice>({block.rows, block.stride, block.slices / 2}, rows, end_of,
-                    [&](int s, const std::uint8_t* const* row, int count, int start) {
-    const std::int8_t* codes = rows.codes + start;
-    if (s == 0) {
-      first_sum = sum_of(codes, std::min(count, kRun));
-      second_sum = count > kRun ? sum_of(codes + kRun, count - kRun) : 0;
-    }
-    const std::size_t line = static_cast<std::size_t>(s) * kSlice;
-    const int group = (rows.index ? rows.index[start] : start) / kGroup;
-    const std::uint16_t* scales = groups.scales + group * groups.scale_stride + 2 * s * kSlice;
-    ShortSums runs[2];
-    runs[0] = run_of(row, codes, std::min(count, kRun), first_sum, line);
-    if (count <= kRun) return add_runs<1>(runs, scales, out + 2 * s * kSlice);
-    runs[1] = run_of(row + kRun, codes + kRun, count - kRun, second_sum, line);
-    add_runs<2>(runs, scales, out + 2 * s * kSlice);
-  });
-}
-
-namespace {
-
-// Codes of a group times 8, to take away: of each register's 16-bit numbers, in turn those of the first two and of the last
-// two inputs of all quads.
-inline __m256i eights_of(const std::int8_t* codes) {
-  const __m256i eight = _mm256_set1_epi8(8);
-  __m256i sum = _mm256_add_epi16(_mm256_maddubs_epi16(eight, load<__m256i>(codes)),
-                                 _mm256_maddubs_epi16(eight, load<__m256i>(codes + kBytes)));
-  sum = _mm256_add_epi16(sum, _mm256_permute2x128_si256(sum, sum, 1));
-  sum = _mm256_add_epi16(sum, _mm256_shuffle_epi32(sum, 0x4e));
-  return _mm256_add_epi16(sum, _mm256_shuffle_epi32(sum, 0xb1));
-}
-
-}  // namespace
-
-// A sum takes 32 of a group's inputs, and a nibble less 8 is within 8: with codes of 127 that is 32,512.
-void stream_i4(Stream stream, Piece piece, const std::int8_t* codes, const std::int32_t*, float* out) {
-  const __m256i low_half = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
-  std::fill(out, out + static_cast<std::ptrdiff_t>(piece.pairs) * 2 * kSlice, 0.0f);
-  for (int pair = 0; pair < piece.pairs; ++pair, out += 2 * kSlice) {
-    const std::uint8_t* lines = lines_of(stream, piece, pair);
-    const std::uint16_t* scales = scales_of(stream, piece, pair);
-    for (int group = 0; group < piece.groups; ++group, scales += 2 * kSlice) {
-      const int quads = quads_of(stream, piece.group + group);
-      const std::int8_t* code = codes + group * kGroup;
-      const __m256i start = _mm256_sub_epi16(_mm256_setzero_si256(), eights_of(code));
-      // Half of the outputs at a time, whose eight sums stay in registers.
-      for (int half = 0; half < 2; ++half) {
-        const std::uint8_t* line = lines + half * kLines / 2;
-        __m256i sums[8];
-        for (auto& one : sums) one = start;
-        for (int quad = 0; quad < quads; ++quad, line += kLines) {
-          std::int32_t four;
-          std::memcpy(&four, code + quad * kQuad, 4);
-          const __m256i times = _mm256_set1_epi32(four);
-          for (int k = 0; k < 4; ++k) {
-            if (k % 2 == 0) __builtin_prefetch(line + k * kBytes + kAhead, 0, 3);
-            const __m256i both = load<__m256i>(line + k * kBytes);
-            sums[k] = _mm256_add_epi16(sums[k], _mm256_maddubs_epi16(_mm256_and_si256(both, low_half), times));
-            sums[4 + k] = _mm256_add_epi16(
-                sums[4 + k], _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(both, 4), low_half), times));
-          }
-        }
-        for (int k = 0; k < 8; ++k) {
-          const int at = k / 4 * kSlice + half * kSlice / 2 + k % 4 * 8;
-          const __m256i scale = _mm256_slli_epi32(_mm256_cvtepu16_epi32(load<__m128i>(scales + at)), 16);
-          add_scaled(_mm256_madd_epi16(sums[k], ones), scale, out + at);
-        }
-      }
-      lines += quads * kLines;
+  ShortSums sums[kMostLines], others[kMostLines];
+  for (int first = 0; first < block.slices / 2; first += kMostLines) {
+    const int lines = std::min(kMostLines, block.slices / 2 - first);
+    const Block part{block.rows + first * kSlice, block.stride, 2 * lines};
+    for (int start = 0, end; start < rows.count; start = end) {
+      end = groups.end_after(start);
+      int sizes = 0;
+      for (int r = start; r < end; ++r) sizes += std::abs(rows.codes[r]);
+      const int middle = sizes > kMostSizes && end - start > kRun ? start + kRun : start;
+      const int group = (rows.index ? rows.index[start] : start) / kGroup;
+      Run run{{}, nullptr, groups.scales + group * groups.scale_stride + first * 2 * kSlice, out + first * 2 * kSlice};
+      if (middle > start) run_i4(part, rows, start, middle, run, others, false);
+      if (middle > start) run.others = others;
+      run_i4(part, rows, middle, end, run, sums, true);
     }
   }
 }
 
 #else
-
-void stream_i4(Stream stream, Piece piece, const std::int8_t* codes, const std::int32_t* sums, float* out) {
-  std::fill(out, out + static_cast<std::ptrdiff_t>(piece.pairs) * 2 * kSlice, 0.0f);
-  for (int pair = 0; pair < piece.pairs; ++pair, out += 2 * kSlice) {
-    const std::uint8_t* lines = lines_of(stream, piece, pair);
-    const std::uint16_t* scales = scales_of(stream, piece, pair);
-    for (int group = 0; group < piece.groups; ++group, scales += 2 * kSlice) {
-      const int quads = quads_of(stream, piece.group + group);
-      const std::int8_t* code = codes + group * kGroup;
-      // Eight outputs of both slices at a time: a group's lines stay in the first-level cache meanwhile.
-      for (int at = 0; at < kSlice; at += 8) {
-        std::int32_t low[8] = {}, high[8] = {};
-        for (int quad = 0; quad < quads; ++quad) {
-          const std::uint8_t* both = lines + quad * kLines + at * kQuad;
-          for (int i = 0; i < 8 * kQuad; ++i) {
-            low[i / kQuad] += (both[i] & 15) * code[quad * kQuad + i % kQuad];
-            high[i / kQuad] += (both[i] >> 4) * code[quad * kQuad + i % kQuad];
-          }
-        }
-        for (int j = 0; j < 8; ++j) {
-          out[at + j] += static_cast<float>(low[j] - 8 * sums[group]) * bf16_to_float(scales[at + j]);
-          out[kSlice + at + j] += static_cast<float>(high[j] - 8 * sums[group]) * bf16_to_float(scales[kSlice + at + j]);
-        }
-      }
-      lines += quads * kLines;
-    }
-  }
-}
 
 namespace {
 

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from mar import compact
+from mar import _native, compact
 from mar import folder as torch_folder
 from mar.compact import GROUP
 from mar.config import NeuronConfig
@@ -144,7 +144,7 @@ def streamed(packed: dict[str, np.ndarray], inputs: int, outputs: int) -> np.nda
     for output, inp in np.ndindex(outputs, inputs):
         pair, within = divmod(output, 2 * SLICE)
         half, place = divmod(within, SLICE)
-        byte = weights[pair, inp // QUAD, place // 16, place % 16, inp % QUAD]
+        byte = weights[pair, place // 32, inp // QUAD, place % 32, inp % QUAD]
         nibble = byte >> 4 if half else byte & 15
         values[output, inp] = (np.float32(nibble) - 8) * scales[pair, inp // GROUP, within]
     return values
@@ -174,7 +174,6 @@ def test_gate_and_up_lie_side_by_side():
 
 
 def test_constants_are_those_of_the_core_and_of_the_config():
-    from mar import _native
     from mar.config import SITES
 
     assert (SLICE, QUAD, GROUP) == (_native.SLICE, _native.QUAD, _native.GROUP)
@@ -199,7 +198,7 @@ def copied(student: Path, tmp_path: Path) -> Path:
 
 
 def packed(folder: Path, cache: Path, precision: str = "int8", head: str | None = None) -> Path:
-    return pack.packed_file(folder, PackSettings(precision, head), cache)
+    return pack.packed_file(folder, PackSettings(precision, head, panel=_native.PANEL), cache)
 
 
 def test_nobody_may_write_into_a_packed_file(student: Path, tmp_path: Path):

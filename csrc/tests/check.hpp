@@ -121,8 +121,9 @@ struct Weights {
       for (int input = 0; input < linear.rows; ++input)
         for (int column = 0; column < mar::kSlice; ++column) {
           const mar::Block block = linear.block(2 * pair, 2);
-          const std::size_t quad = static_cast<std::size_t>(pair) * stream.quads + input / mar::kQuad;
-          lines[(quad * mar::kSlice + column) * mar::kQuad + input % mar::kQuad] = block.rows[block.stride * input + column];
+          constexpr int half = mar::kSlice / 2;
+          const std::size_t quad = (2 * static_cast<std::size_t>(pair) + column / half) * stream.quads + input / mar::kQuad;
+          lines[(quad * half + column % half) * mar::kQuad + input % mar::kQuad] = block.rows[block.stride * input + column];
         }
     for (int pair = 0; pair < stream.pairs; ++pair)
       for (int group = 0; group < linear.groups(); ++group)

@@ -176,10 +176,10 @@ void linears(const mar::Kernels& k) {
         }
         mar::Listing listing;
         listing.reserve(inputs, wide);
-        listing.read_whole_above(0.4);
-        mar::Linear rows_only = linear;
+        mar::Linear rows_only = linear, either = linear;
         rows_only.stream = {};
-        for (const mar::Linear* how : {static_cast<const mar::Linear*>(&rows_only), &linear})
+        either.whole_above = 0.4;
+        for (const mar::Linear* how : {&rows_only, &either})
           for (bool all : {false, true})
             for (int parts : {1, 3}) {
               std::vector<float> out(wide);

@@ -45,9 +45,10 @@ SMALLEST = float(np.finfo(np.float32).tiny)
 class Engine:
     """A MAR model on the native core.
 
-    Not safe for calls from several threads on the same State; on different states calls take turns. `crossover` is the
-    share of codes not zero above which int4 linears are read whole, not by rows: measured when the engine is made. Only
-    speed and the counters' rows and bytes hang on it, no result.
+    Not safe for calls from several threads on the same State; on different states calls take turns. `crossover` says
+    for each of SITES and the head above which share of codes not zero its linears in int4 are read whole, not by rows
+    (1 in other precisions): measured when the engine is made. Only speed and the counters' rows and bytes hang on it,
+    no result.
     """
 
     def __init__(self, packed: Path, threads: int | None = None, share: bool = False):
@@ -59,7 +60,7 @@ class Engine:
             raise ValueError(f"threads is {self.threads!r}; use 1 to {MOST_THREADS}.")
         self._source = str(header.get("source"))
         self._model = _native.Model(self.settings, arrays, self.threads)
-        self.crossover: float = self._model.crossover
+        self.crossover: dict[str, float] = dict(zip((*SITES, "head"), self._model.crossovers, strict=True))
         self.vocab_size: int = self.settings["vocab_size"]
 
     @classmethod
@@ -84,7 +85,7 @@ class Engine:
         reads them into its own, from which they come faster.
         Raises FileNotFoundError or ValueError, in one sentence, for what is no MAR folder or cannot be run.
         """
-        settings = pack_settings(Path(folder), precision, head, neurons)
+        settings = pack_settings(Path(folder), precision, head, neurons, _native.PANEL)
         return cls(packed_file(Path(folder), settings, None if cache is None else Path(cache)), threads, share)
 
     def new_state(self) -> State:

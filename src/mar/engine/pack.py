@@ -40,7 +40,7 @@ TWO_STEP = "int4+int8"
 """A head whose single tokens take all words in int4, then the likeliest in int8 (docs/engine.md)."""
 
 HEADS = (*PRECISIONS, TWO_STEP)
-MAGIC = b"MARPACK9"
+MAGIC = b"MARPACKA"
 START = len(MAGIC) + hashlib.sha256().digest_size
 """Where what the digest covers starts: the header's length in 8 bytes, the header, the arrays."""
 
@@ -63,12 +63,13 @@ class PackSettings:
 
     precision: of the decoder's linears. head: of embedding and head, one of HEADS; None is the linears' precision, in
     two steps where that is int8. neurons: whether spiking sites keep their neurons; without, the same weights run dense
-    (what spikes are compared with).
+    (what spikes are compared with). panel: slices of a panel at most (`layout.PANEL`).
     """
 
     precision: str = "int8"
     head: str | None = None
     neurons: bool = True
+    panel: int = PANEL
 
     def __post_init__(self) -> None:
         for name, value, known in (("precision", self.precision, PRECISIONS), ("head", self.kind_of_head, HEADS)):
@@ -91,7 +92,9 @@ def _bulk_precision(head: str) -> str:
     return "int8" if head == TWO_STEP else head
 
 
-def pack_settings(folder: Path, precision: str | None, head: str | None, neurons: bool) -> PackSettings:
+def pack_settings(
+    folder: Path, precision: str | None, head: str | None, neurons: bool, panel: int = PANEL
+) -> PackSettings:
     """Precision None stands for what a compact folder holds, else for int8; head None, where the precision is what a
     compact folder holds, for the folder's own head, int8 in two steps: rounding it to the linears' int4 costs far more
     than they do."""
@@ -101,7 +104,7 @@ def pack_settings(folder: Path, precision: str | None, head: str | None, neurons
     precision = precision or stored.get("precision", "int8")
     if head is None and "head" in stored and precision == stored.get("precision"):
         head = _in_two_steps(stored["head"])
-    return PackSettings(precision, head, neurons)
+    return PackSettings(precision, head, neurons, panel)
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Array], str]:
@@ -179,7 +182,7 @@ def engine_settings(config: dict[str, Any], settings: PackSettings) -> dict[str,
         "unit": int(norm == "l2"),
         "precision": settings.precision,
         "head_precision": _bulk_precision(settings.kind_of_head),
-        "panel": PANEL,
+        "panel": settings.panel,
     }
     for site, neuron in _neurons(config, settings).items():
         steps = neuron["time_steps"]
@@ -234,7 +237,9 @@ def pack(config: dict[str, Any], weights: dict[str, Array], settings: PackSettin
         """Pack a weight, or the very codes of its `sources` where a compact folder holds them in this precision."""
         stored = [compact.quantised[source] for source in sources if source in compact.quantised]
         exact = stored and stored[0].precision == precision and (usable or name == "head")
-        packed = pack_codes(*stored) if exact else pack_linear(weight, precision)
+        packed = (
+            pack_codes(*stored, panel=settings.panel) if exact else pack_linear(weight, precision, settings.panel)
+        )
         arrays.update({f"{name}.{kind}": array for kind, array in packed.items()})
         if bias is not None:
             arrays[f"{name}.bias"] = filled(bias, SLICE * (2 if precision == "int4" else 1))
@@ -292,7 +297,7 @@ def pack(config: dict[str, Any], weights: dict[str, Array], settings: PackSettin
         if words is None or words.precision != "int8":
             words = quantise(head, "int8")
         rough = quantise(words.values(), "int4")
-        parts = {"": pack_codes(words), "rough.": pack_stream(rough.codes, rough.scales)}
+        parts = {"": pack_codes(words, panel=settings.panel), "rough.": pack_stream(rough.codes, rough.scales)}
         arrays |= {f"head.{step}{kind}": array for step, part in parts.items() for kind, array in part.items()}
         arrays["head.words"] = words.codes
     else:
@@ -314,7 +319,7 @@ def cache_folder() -> Path:
 def packed_file(folder: Path, settings: PackSettings, cache: Path | None = None) -> Path:
     """The packed file of a model folder, made now if there is none or if the one there is damaged."""
     settings = replace(settings, head=settings.kind_of_head)  # one file for what comes to the same
-    key = json.dumps({"format": MAGIC.decode(), "panel": PANEL, **asdict(settings)}, sort_keys=True)
+    key = json.dumps({"format": MAGIC.decode(), **asdict(settings)}, sort_keys=True)
 
     def place_of(digest: str) -> Path:
         return (cache or cache_folder()) / f"{digest[:16]}-{_digest(key.encode())[:12]}.marpack"
