@@ -1,10 +1,14 @@
-// What the integer kernels for AVX2 share. Included inside each variant only; all of it is local to the file that includes
-// it. Does: add in place, narrow, bring four rows side by side. Does not: multiply (blocks.cpp, int8.cpp).
+// What the integer kernels for AVX2, with AVX-VNNI or without, share. Included inside each variant only; all of it is local
+// to the file that includes it. Does: add in place, narrow, bring four rows side by side, multiply four bytes by four. Does
+// not: hold kernels (rows.cpp, blocks.cpp, int8.cpp).
 #pragma once
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
 
 #include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
 
 namespace mar::MAR_VARIANT {
 namespace {
@@ -18,6 +22,28 @@ inline __m256i plus_16(__m256i sum, __m256i x) {
 inline __m256i plus_32(__m256i sum, __m256i x) {
   asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(x));
   return sum;
+}
+
+#if defined(__AVXVNNI__) || defined(MAR_EMULATE_AVXVNNI)
+#define MAR_AVXVNNI
+// Each sum plus four unsigned bytes times four signed ones, exactly.
+inline __m256i plus_dots(__m256i sums, __m256i bytes, __m256i codes) {
+#if defined(__AVXVNNI__)
+  return _mm256_dpbusd_avx_epi32(sums, bytes, codes);
+#else
+  // The same by other instructions: tests run the kernels so where there is no CPU for them.
+  const __m256i even = _mm256_and_si256(bytes, _mm256_set1_epi16(255)), odd = _mm256_srli_epi16(bytes, 8);
+  const __m256i even_codes = _mm256_srai_epi16(_mm256_slli_epi16(codes, 8), 8), odd_codes = _mm256_srai_epi16(codes, 8);
+  const __m256i dots = _mm256_add_epi32(_mm256_madd_epi16(even, even_codes), _mm256_madd_epi16(odd, odd_codes));
+  return _mm256_add_epi32(sums, dots);
+#endif
+}
+#endif
+
+inline __m256i four_bytes(const void* from) {
+  std::int32_t four;
+  std::memcpy(&four, from, sizeof four);
+  return _mm256_set1_epi32(four);
 }
 
 // Eight integers that fit 8 bits; GCC 12 converts vectors so narrow one by one.

@@ -322,11 +322,80 @@ struct Sums {
   __m256i of[M][2];
 };
 
-inline __m256i four_bytes(const void* from) {
-  std::int32_t four;
-  std::memcpy(&four, from, 4);
-  return _mm256_set1_epi32(four);
+constexpr int kQuads = kGroup / kQuad;
+constexpr int kLine = kQuarter * kQuad;  // of four inputs, an output's side by side
+constexpr int kTokens = 256;  // whose starts are kept
+
+// Integer sums to floats, each times its output's scale and the token's.
+inline void store_scaled(__m256i sums, std::int32_t less, const float* scales, float factor, float* out) {
+  const __m256 total = _mm256_cvtepi32_ps(_mm256_sub_epi32(sums, _mm256_set1_epi32(less)));
+  store(out, total * (load<__m256>(scales) * factor));
 }
+
+#if defined(MAR_AVXVNNI)
+
+// Of M tokens; a token's sums begin with starts[m * apart].
+template <int M>
+inline Sums<M> dots_of(const std::int8_t* codes, std::size_t stride, const std::uint8_t* weights, int quads,
+                       const std::int32_t* starts, int apart) {
+  Sums<M> sums;
+#pragma GCC unroll 6
+  for (int m = 0; m < M; ++m) sums.of[m][0] = sums.of[m][1] = _mm256_set1_epi32(starts[m * apart]);
+  for (int i = 0; i < quads; ++i) {
+    const __m256i w[2] = {load<__m256i>(weights + i * kLine), load<__m256i>(weights + i * kLine + kLine / 2)};
+#pragma GCC unroll 6
+    for (int m = 0; m < M; ++m) {
+      const __m256i x = four_bytes(codes + m * stride + i * kQuad);
+      sums.of[m][0] = plus_dots(sums.of[m][0], w[0], x);
+      sums.of[m][1] = plus_dots(sums.of[m][1], w[1], x);
+    }
+  }
+  return sums;
+}
+inline __m256i whole(__m256i sums) { return sums; }
+
+// What a group's sums start from: nibbles stand for themselves less 8.
+inline std::int32_t start_of(const std::int8_t* codes, int count) {
+  std::int32_t sum = 0;
+  for (int i = 0; i < count; ++i) sum += codes[i];
+  return -8 * sum;
+}
+
+// M tokens by a quarter of a slice.
+template <int M>
+inline void tile_i8(const std::int8_t* codes, int inputs, const std::uint8_t* weights, const float* scales,
+                    const std::int32_t* sums, const float* token_scales, float* out, std::size_t out_stride) {
+  constexpr std::int32_t none = 0;
+  const Sums<M> found = dots_of<M>(codes, inputs, weights, inputs / kQuad, &none, 0);
+#pragma GCC unroll 6
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v)
+      store_scaled(found.of[m][v], 128 * sums[m], scales + v * kEight, token_scales ? token_scales[m] : 1.0f,
+                   out + m * out_stride + v * kEight);
+}
+
+}  // namespace
+
+void block_i8(Block block, int inputs, const float* scales, const std::int8_t* codes, const std::int32_t* sums,
+              const float* token_scales, int tokens, float* out, std::size_t out_stride, std::uint8_t* scratch) {
+  for (int column = 0; column < block.slices * kSlice; column += kQuarter) {
+    for (int i = 0; i < inputs; i += kQuad) {
+      __m128i rows[kQuad];
+      for (int r = 0; r < kQuad; ++r) rows[r] = load<__m128i>(block.rows + block.stride * (i + r) + column);
+      store_quad(rows, scratch + i / kQuad * kLine);
+    }
+#define MAR_CALL(M)                                                                                        \
+  tile_i8<M>(codes + static_cast<std::size_t>(m) * inputs, inputs, scratch, scales + column, sums + m,     \
+             token_scales ? token_scales + m : nullptr, out + m * out_stride + column, out_stride)
+    MAR_TILES(0, 6, 2, MAR_CALL)
+#undef MAR_CALL
+  }
+}
+
+namespace {
+
+#else
 
 // Pairs of inputs in 16 bits: 255 times 127 is too much for the pairs of bytes that AVX2 adds up in 16.
 template <int M>
@@ -348,12 +417,6 @@ inline void widen(const std::int8_t* from, int count, std::int16_t* to) {
   int i = 0;
   for (; i + 16 <= count; i += 16) store(to + i, _mm256_cvtepi8_epi16(load<__m128i>(from + i)));
   for (; i < count; ++i) to[i] = from[i];
-}
-
-// Integer sums to floats, each times its output's scale and the token's.
-inline void store_scaled(__m256i sums, std::int32_t less, const float* scales, float factor, float* out) {
-  const __m256 total = _mm256_cvtepi32_ps(_mm256_sub_epi32(sums, _mm256_set1_epi32(less)));
-  store(out, total * (load<__m256>(scales) * factor));
 }
 
 // M tokens by a slice, whose quarters lie one after the other. `wide`: room for the tokens' codes.
@@ -400,10 +463,6 @@ void block_i8(Block block, int inputs, const float* scales, const std::int8_t* c
 
 namespace {
 
-constexpr int kQuads = kGroup / kQuad;
-constexpr int kLine = kQuarter * kQuad;
-constexpr int kTokens = 256;  // whose starts are kept
-
 // What a group's two 16-bit sums start from: -8 times the codes that each of them takes, two of every four. Sums are taken
 // modulo 2^16 and are right in the end, as 32 codes of 127 times nibbles less 8 fit 16 bits.
 inline std::int32_t start_of(const std::int8_t* codes, int count) {
@@ -420,11 +479,11 @@ inline std::int32_t start_of(const std::int8_t* codes, int count) {
 
 // A group's sums, of two inputs of every four side by side in 16 bits; starts: of a token's groups.
 template <int M>
-inline Sums<M> dots_i4(const std::int8_t* codes, std::size_t stride, const std::uint8_t* weights, int quads,
-                       const std::int32_t* starts, int groups) {
+inline Sums<M> dots_of(const std::int8_t* codes, std::size_t stride, const std::uint8_t* weights, int quads,
+                       const std::int32_t* starts, int apart) {
   Sums<M> sums;
 #pragma GCC unroll 6
-  for (int m = 0; m < M; ++m) sums.of[m][0] = sums.of[m][1] = _mm256_set1_epi32(starts[m * groups]);
+  for (int m = 0; m < M; ++m) sums.of[m][0] = sums.of[m][1] = _mm256_set1_epi32(starts[m * apart]);
   for (int i = 0; i < quads; ++i) {
     const __m256i w[2] = {load<__m256i>(weights + i * kLine), load<__m256i>(weights + i * kLine + kLine / 2)};
 #pragma GCC unroll 6
@@ -436,22 +495,25 @@ inline Sums<M> dots_i4(const std::int8_t* codes, std::size_t stride, const std::
   }
   return sums;
 }
+// A group's two sums of every output to one.
+inline __m256i whole(__m256i sums) { return _mm256_madd_epi16(sums, _mm256_set1_epi16(1)); }
+
+#endif
 
 // scales: fp32, of each group 64.
 template <int M>
 inline void tile_i4(const std::int8_t* codes, std::size_t stride, const std::uint8_t* weights, int quads,
                     const float* scales, const std::int32_t* starts, int groups, const float* token_scales, float* out,
                     std::size_t out_stride) {
-  const __m256i ones = _mm256_set1_epi16(1);
   __m256 totals[M][2] = {};
   for (int g = 0; g < groups; ++g) {
-    const Sums<M> found = dots_i4<M>(codes + g * kGroup, stride, weights + g * kQuads * kLine,
+    const Sums<M> found = dots_of<M>(codes + g * kGroup, stride, weights + g * kQuads * kLine,
                                      std::min(kQuads, quads - g * kQuads), starts + g, groups);
 #pragma GCC unroll 6
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 2
       for (int v = 0; v < 2; ++v)
-        totals[m][v] += _mm256_cvtepi32_ps(_mm256_madd_epi16(found.of[m][v], ones)) *
+        totals[m][v] += _mm256_cvtepi32_ps(whole(found.of[m][v])) *
                         load<__m256>(scales + g * kSlice + v * kEight);
   }
   for (int m = 0; m < M; ++m) {

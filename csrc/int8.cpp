@@ -110,6 +110,36 @@ inline void tile(const std::int8_t* codes, Count row, Count quad, const std::uin
     }
 }
 
+#elif defined(MAR_AVXVNNI)
+
+// M rows of codes times a panel: half of it at a time, of which six rows' sums stay in registers.
+template <int M>
+inline void tile(const std::int8_t* codes, Count row, Count quad, const std::uint8_t* panel, Count quads,
+                 const float* scales, const std::int32_t* sums, const float* column_scales, float* out, Count stride) {
+  constexpr int R = M % 6 == 0 ? 6 : M % 4 == 0 ? 4 : 1;
+  constexpr Count kHalf = kSlice / 2;
+  for (int m = 0; m < M; m += R)
+    for (Count half = 0; half < kSlice; half += kHalf) {
+      __m256i acc[R][2] = {};
+      for (Count i = 0; i < quads; ++i) {
+        const auto* from = reinterpret_cast<const __m256i*>(panel + i * kLine + half * kQuad);
+        const __m256i w[2] = {_mm256_loadu_si256(from), _mm256_loadu_si256(from + 1)};
+#pragma GCC unroll 6
+        for (int r = 0; r < R; ++r) {
+          const __m256i x = four_bytes(codes + (m + r) * row + i * quad);
+          acc[r][0] = plus_dots(acc[r][0], w[0], x);
+          acc[r][1] = plus_dots(acc[r][1], w[1], x);
+        }
+      }
+      for (int r = 0; r < R; ++r)
+        for (int v = 0; v < 2; ++v) {
+          const Count column = half + v * W;
+          const Floats total = __builtin_convertvector((Ints)acc[r][v] - 128 * sums[m + r], Floats);
+          store(out + (m + r) * stride + column, total * (load(column_scales + column) * scales[m + r]));
+        }
+    }
+}
+
 #elif defined(__AVX2__) && !defined(__AVX512F__)
 
 // Pairs of the inner dimension are multiplied in 16 bits, as 255 times 127 is too much for AVX2's pairs of bytes. A panel is
@@ -309,7 +339,7 @@ Count int8_product_items(const Int8Product& call) {
   return (call.rows + kRowsOfProduct - 1) / kRowsOfProduct * (call.columns / kSlice);
 }
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX2__) && !defined(__AVX512F__) && !defined(MAR_AVXVNNI)
 
 void int8_product(const Int8Product& call, Count item) {
   const Count slices = call.columns / kSlice, column = item % slices * kSlice, begin = item / slices * kRowsOfProduct;

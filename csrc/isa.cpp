@@ -24,6 +24,9 @@ namespace mar {
 MAR_DECLARE(generic)
 #if defined(__x86_64__)
 MAR_DECLARE(avx2)
+#if defined(MAR_HAS_AVXVNNI)
+MAR_DECLARE(avxvnni)
+#endif
 MAR_DECLARE(avx512)
 MAR_DECLARE(amx)
 #endif
@@ -46,6 +49,9 @@ std::vector<Candidate> candidates() {
   tiles.insert(tiles.end(), {"amxtile", "amxint8"});
   list.push_back({"amx", &amx::kernels, &amx::training, tiles});
   list.push_back({"avx512", &avx512::kernels, &avx512::training, wide});
+#if defined(MAR_HAS_AVXVNNI)
+  list.push_back({"avxvnni", &avxvnni::kernels, &avxvnni::training, {"avx2", "fma", "avxvnni"}});
+#endif
   list.push_back({"avx2", &avx2::kernels, &avx2::training, {"avx2", "fma"}});
 #endif
   list.push_back({"generic", &generic::kernels, &generic::training, {}});
@@ -88,8 +94,15 @@ std::vector<std::string> cpu_features() {
   MAR_FEATURE("avx512vnni")
   MAR_FEATURE("avx512bf16")
 #undef MAR_FEATURE
+  unsigned a, b, c, d = 0;
+  // Not every compiler knows it by name; the operating system saves what it takes where it does so for avx2.
+#if defined(MAR_EMULATE_AVXVNNI)
+  const bool dots = true;
+#else
+  const bool dots = __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+#endif
+  if (dots && __builtin_cpu_supports("avx2")) found.push_back("avxvnni");
   if (tiles_permitted()) {
-    unsigned a, b, c, d = 0;
     __get_cpuid_count(7, 0, &a, &b, &c, &d);
     if (d >> 24 & 1) found.push_back("amxtile");
     if (d >> 25 & 1) found.push_back("amxint8");

@@ -11,7 +11,7 @@ struct Kernels;   // kernels.hpp: what the engine calls
 struct Training;  // training.hpp: what the training ops call
 
 struct Variant {
-  std::string name;      // generic, avx2, avx512 or amx
+  std::string name;      // generic, avx2, avxvnni, avx512 or amx
   std::string reason;    // why it was chosen
   std::vector<std::string> features;  // what of the CPU was found, by its usual names
   const Kernels* kernels;

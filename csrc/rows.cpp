@@ -194,6 +194,8 @@ inline void by_lines(Block block, Rows rows, int at, int lines, Work work) {
   }
 }
 
+#if !defined(MAR_AVXVNNI)
+
 // Four codes, each pair in halves where its products could be more than 16 bits hold.
 struct Steps {
   std::int32_t codes[2];
@@ -212,13 +214,19 @@ inline Steps steps_of(const std::int8_t* codes) {
   return found;
 }
 
+#endif
+
 }  // namespace
 
 void rows_i8(Block block, Rows rows, std::int32_t* acc) {
-  const __m256i ones = _mm256_set1_epi16(1);
   std::fill(acc, acc + block.slices * kSlice, 0);
   for (int at = 0; at < rows.count; at += kQuad) {
+#if defined(MAR_AVXVNNI)
+    const __m256i four = four_bytes(rows.codes + at);
+#else
+    const __m256i ones = _mm256_set1_epi16(1);
     const Steps steps = steps_of(rows.codes + at);
+#endif
     by_lines(block, rows, at, block.slices, [&](const std::uint8_t* const* row, int line) {
       for (int half = 0; half < kSlice; half += kBytes) {
         __m256i from[kQuad];
@@ -228,6 +236,9 @@ void rows_i8(Block block, Rows rows, std::int32_t* acc) {
         const __m256i mixed[4] = {_mm256_unpacklo_epi16(a, c), _mm256_unpackhi_epi16(a, c), _mm256_unpacklo_epi16(b, d),
                                   _mm256_unpackhi_epi16(b, d)};
         std::int32_t* to = acc + line * kSlice + half;
+#if defined(MAR_AVXVNNI)
+        for (int j = 0; j < 4; ++j) store(to + 8 * j, plus_dots(load<__m256i>(to + 8 * j), mixed[j], four));
+#else
         for (int step = 0; step < steps.count; ++step) {
           const __m256i codes = _mm256_set1_epi32(steps.codes[step]);
           for (int j = 0; j < 4; ++j) {
@@ -235,6 +246,7 @@ void rows_i8(Block block, Rows rows, std::int32_t* acc) {
             store(to + 8 * j, _mm256_add_epi32(load<__m256i>(to + 8 * j), product));
           }
         }
+#endif
       }
     });
   }

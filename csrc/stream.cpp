@@ -1,6 +1,7 @@
 // One token through a linear in int4 whose input asks for most rows, and through the head's rough form: all weights, in the
 // order of the multiplying instruction. Compiled once per instruction set. Does: multiply groups of codes. Does not: skip
 // zeros (rows.cpp does).
+#include "avx2.hpp"
 #include "engine_kernels.hpp"
 #include "engine_vectors.hpp"
 
@@ -93,9 +94,7 @@ void stream_i4(Stream stream, Piece piece, const std::int8_t* codes, const std::
       __m256i sums[8];
       for (auto& one : sums) one = start;
       for (int quad = quads_of(stream, piece.group + group); quad > 0; --quad, line += kLines, code += kQuad) {
-        std::int32_t word;
-        std::memcpy(&word, code, sizeof word);
-        const __m256i four = _mm256_set1_epi32(word);
+        const __m256i four = four_bytes(code);
         for (int k = 0; k < 4; ++k) {
           if (k % 2 == 0) __builtin_prefetch(line + k * kBytes + kAhead, 0, 3);
           const __m256i both = load<__m256i>(line + k * kBytes);

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -40,10 +40,17 @@ inline Floats load(const float* from) {
   std::memcpy(&v, from, sizeof v);
   return v;
 }
+// Widened and narrowed by hand: GCC 12 makes two halves of each conversion and joins them again.
 inline Floats load(const BFloat* from) {
   Halves half;
   std::memcpy(&half, from, sizeof half);
+#if defined(__AVX512F__)
+  return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)half), 16);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)half), 16);
+#else
   return (Floats)(__builtin_convertvector(half, Words) << 16);
+#endif
 }
 inline void store(float* to, Floats v) { std::memcpy(to, &v, sizeof v); }
 inline void store(BFloat* to, Floats v) {
@@ -52,7 +59,13 @@ inline void store(BFloat* to, Floats v) {
 #else
   const Words bits = (Words)v;
   const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
-  const Halves half = __builtin_convertvector(v == v ? rounded : Words{} + 0x7fc0, Halves);
+  const Words kept = v == v ? rounded : Words{} + 0x7fc0;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m256i narrow = _mm256_packus_epi32((__m256i)kept, (__m256i)kept);
+  const __m128i half = _mm256_castsi256_si128(_mm256_permute4x64_epi64(narrow, 0x08));
+#else
+  const Halves half = __builtin_convertvector(kept, Halves);
+#endif
 #endif
   std::memcpy(to, &half, sizeof half);
 }

@@ -24,6 +24,7 @@ from mar.engine.pack import PackSettings
 NEEDS = {
     "generic": set(),
     "avx2": {"avx2", "fma"},
+    "avxvnni": {"avx2", "fma", "avx_vnni"},
     "avx512": {"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16"},
 }
 NEEDS["amx"] = NEEDS["avx512"] | {"amx_tile", "amx_int8"}

@@ -4,7 +4,7 @@
 int main() {
   test_isa();
   test_pool();
-  for (const char* name : {"generic", "avx2", "avx512", "amx"}) {
+  for (const char* name : {"generic", "avx2", "avxvnni", "avx512", "amx"}) {
     mar::Variant variant;
     try {
       variant = mar::choose_variant(name, mar::cpu_features());

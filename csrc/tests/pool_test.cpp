@@ -103,6 +103,10 @@ void test_isa() {
   CHECK_THROWS(choose_variant("amx", tiles));
   CHECK(choose_variant("avx2", all).name == "avx2");
   CHECK(choose_variant("", {"avx2", "fma"}).name == "avx2");
+  CHECK(choose_variant("", {"avx2", "fma", "avxvnni"}).name == "avxvnni");
+  CHECK(choose_variant("", {"avx2", "avxvnni"}).name == "generic");
+  tiles.push_back("avxvnni");
+  CHECK(choose_variant("", tiles).name == "avx512");
   CHECK(choose_variant("", {"avx2"}).name == "generic");
   // Whatever one of its features is missing, a variant is neither chosen nor forced.
   for (const auto& missing : all) {
