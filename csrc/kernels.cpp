@@ -136,7 +136,7 @@ void add(const float* x, int n, float* y) {
 
 // Longer pieces of rows come faster from memory. AVX2's kernels, whose sums wait in the first-level cache, can take them.
 #if defined(__AVX2__) && !defined(__AVX512F__)
-constexpr int kPanel = 48;
+constexpr int kPanel = 128;
 #else
 constexpr int kPanel = 18;
 #endif

@@ -263,7 +263,7 @@ void rows_i8(Block block, Rows rows, std::int32_t* acc) {
 
 namespace {
 
-constexpr int kMostLines = 24;  // of rows in int4 that are worked on at once: a panel
+constexpr int kMostLines = 64;  // of rows in int4 that are worked on at once: a panel
 // To 16-bit sums others are added modulo 2^16: one may pass through any value and is right if it ends within 16 bits.
 // Nibbles less 8 are within 8: so are sums whose codes' sizes add up to 4,095 or less, and those of kRun rows.
 constexpr int kMostSizes = 4095, kRun = 32;
