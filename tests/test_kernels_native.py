@@ -21,7 +21,11 @@ from tiny_models import mar_config, rms_ratio
 
 LENGTHS = st.sampled_from([1, 2, 3, 17, 63, 64, 65, 130])
 WIDTHS = st.sampled_from([1, 5, 8, 16, 33, 64])
-NEEDS = {"avx2": {"avx2", "fma"}, "avxvnni": {"avx2", "fma", "avx_vnni"}, "avx512": {"avx512f", "avx512bw", "avx512_vnni", "avx512_bf16"}}
+NEEDS = {
+    "avx2": {"avx2", "fma"},
+    "avxvnni": {"avx2", "fma", "avx_vnni"},
+    "avx512": {"avx512f", "avx512bw", "avx512_vnni", "avx512_bf16"},
+}
 NEEDS["amx"] = NEEDS["avx512"] | {"amx_tile", "amx_int8"}
 """Variants beyond the baseline and the flags of /proc/cpuinfo that they need."""
 

@@ -203,7 +203,10 @@ def test_a_variant_is_forced_or_refused(name: str):
 def test_an_unknown_variant_is_refused_in_one_sentence(name: str):
     done = python("import mar.engine", MAR_ISA=name)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == f"ValueError: MAR_ISA is '{name}'; use one of amx, avx512, avxvnni, avx2, generic."
+    assert (
+        done.stderr.splitlines()[-1]
+        == f"ValueError: MAR_ISA is '{name}'; use one of amx, avx512, avxvnni, avx2, generic."
+    )
 
 
 def test_linears_give_what_their_weights_define():

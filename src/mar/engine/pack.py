@@ -237,9 +237,7 @@ def pack(config: dict[str, Any], weights: dict[str, Array], settings: PackSettin
         """Pack a weight, or the very codes of its `sources` where a compact folder holds them in this precision."""
         stored = [compact.quantised[source] for source in sources if source in compact.quantised]
         exact = stored and stored[0].precision == precision and (usable or name == "head")
-        packed = (
-            pack_codes(*stored, panel=settings.panel) if exact else pack_linear(weight, precision, settings.panel)
-        )
+        packed = pack_codes(*stored, panel=settings.panel) if exact else pack_linear(weight, precision, settings.panel)
         arrays.update({f"{name}.{kind}": array for kind, array in packed.items()})
         if bias is not None:
             arrays[f"{name}.bias"] = filled(bias, SLICE * (2 if precision == "int4" else 1))
