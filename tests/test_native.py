@@ -96,7 +96,7 @@ def check_linears() -> None:
             arrays = {f"linear.{kind}": np.ascontiguousarray(one).reshape(-1).view(np.uint8) for kind, one in packed}
             linears = [_native.Linear(precision, inputs, outputs, arrays, layout.PANEL, threads) for threads in (1, 3)]
             values, factors = meaning(weight, precision)
-            for share, largest in ((0.0, 1), (0.05, 4), (0.3, 127), (1.0, 16)):
+            for share, largest in ((0.0, 1), (0.05, 4), (0.3, 127), (1.0, 16), (1.0, 127)):
                 codes = codes_of(inputs, share, largest, random)
                 wanted = (codes @ values).astype(np.float32) * factors
                 near = np.abs(codes[:, None] * values).sum(0) * max(inputs, 8) * 2.0**-24 * (precision != "int8")
