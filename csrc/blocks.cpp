@@ -332,7 +332,14 @@ inline void store_scaled(__m256i sums, std::int32_t less, const float* scales, f
   store(out, total * (load<__m256>(scales) * factor));
 }
 
+// Sums plus four bytes times four codes of every output: in one of 32 bits, or in two of 16, of two products each.
+inline __m256i plus_quads(__m256i sums, __m256i bytes, __m256i codes) {
 #if defined(MAR_AVXVNNI)
+  return plus_dots(sums, bytes, codes);
+#else
+  return plus_16(sums, _mm256_maddubs_epi16(bytes, codes));
+#endif
+}
 
 // Of M tokens; a token's sums begin with starts[m * apart].
 template <int M>
@@ -346,12 +353,15 @@ inline Sums<M> dots_of(const std::int8_t* codes, std::size_t stride, const std::
 #pragma GCC unroll 6
     for (int m = 0; m < M; ++m) {
       const __m256i x = four_bytes(codes + m * stride + i * kQuad);
-      sums.of[m][0] = plus_dots(sums.of[m][0], w[0], x);
-      sums.of[m][1] = plus_dots(sums.of[m][1], w[1], x);
+      sums.of[m][0] = plus_quads(sums.of[m][0], w[0], x);
+      sums.of[m][1] = plus_quads(sums.of[m][1], w[1], x);
     }
   }
   return sums;
 }
+
+#if defined(MAR_AVXVNNI)
+
 inline __m256i whole(__m256i sums) { return sums; }
 
 // What a group's sums start from: nibbles stand for themselves less 8.
@@ -477,24 +487,6 @@ inline std::int32_t start_of(const std::int8_t* codes, int count) {
   return _mm_cvtsi128_si32(_mm_sub_epi16(_mm_setzero_si128(), _mm_slli_epi16(sums, 3)));
 }
 
-// A group's sums, of two inputs of every four side by side in 16 bits; starts: of a token's groups.
-template <int M>
-inline Sums<M> dots_of(const std::int8_t* codes, std::size_t stride, const std::uint8_t* weights, int quads,
-                       const std::int32_t* starts, int apart) {
-  Sums<M> sums;
-#pragma GCC unroll 6
-  for (int m = 0; m < M; ++m) sums.of[m][0] = sums.of[m][1] = _mm256_set1_epi32(starts[m * apart]);
-  for (int i = 0; i < quads; ++i) {
-    const __m256i w[2] = {load<__m256i>(weights + i * kLine), load<__m256i>(weights + i * kLine + kLine / 2)};
-#pragma GCC unroll 6
-    for (int m = 0; m < M; ++m) {
-      const __m256i x = four_bytes(codes + m * stride + i * kQuad);
-      sums.of[m][0] = plus_16(sums.of[m][0], _mm256_maddubs_epi16(w[0], x));
-      sums.of[m][1] = plus_16(sums.of[m][1], _mm256_maddubs_epi16(w[1], x));
-    }
-  }
-  return sums;
-}
 // A group's two sums of every output to one.
 inline __m256i whole(__m256i sums) { return _mm256_madd_epi16(sums, _mm256_set1_epi16(1)); }
 
