@@ -268,6 +268,9 @@ def test_convert_makes_a_dense_folder(run_json: Callable[..., Any], run: Run) ->
     assert (origin["parent"]["name"], origin["tokens"]) == ("smollm2-135m", 0)
     assert run("convert", "smollm2-135m", "published", "--preset=llamba", "--init", "llamba")[0] == 0
     assert json.loads(Path("published/config.json").read_text())["bc_norm"] == "none"
+    assert run("convert", "smollm2-135m", "hybrid", "--window", "16")[0] == 0
+    assert json.loads(Path("hybrid/config.json").read_text())["window"] == 16
+    assert provenance(Path("hybrid"))["settings"]["window"] == 16
 
 
 def test_insert_makes_a_spiking_folder(run_json: Callable[..., Any], run: Run) -> None:

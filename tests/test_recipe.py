@@ -59,8 +59,12 @@ def test_the_text_of_smollm2_is_the_users() -> None:
 
 
 def test_a_window_is_not_oriented() -> None:
-    with pytest.raises(ValueError, match="orients mixers of preset 'hybrid'"):
+    with pytest.raises(ValueError, match="orients mixers with a window of 64 tokens"):
         read_recipe("llama-3.2-1b", ["data.source=a.jsonl", "mixer.preset=hybrid"])
+    with pytest.raises(ValueError, match="orients mixers with a window of 16 tokens"):
+        read_recipe("llama-3.2-1b", ["data.source=a.jsonl", "mixer.window=16"])
+    without = read_recipe("llama-3.2-1b", ["data.source=a.jsonl", "mixer.preset=hybrid", "mixer.window=0"])
+    assert without.mixer.choices() == {"window": 0}
 
 
 def test_the_llama_recipe_has_the_paper_s_values() -> None:

@@ -292,6 +292,8 @@ def test_convert_reads_llamba_folders(
     assert (origin["kind"], origin["sha256"]) == ("llamba", digest(tmp_path / "llamba"))
     with pytest.raises(ValueError, match="is a Llamba folder: it is taken as it was published"):
         verbs.convert(str(tmp_path / "llamba"), tmp_path / "hybrid", preset="hybrid")
+    with pytest.raises(ValueError, match="leave out --text, --preset and --window"):
+        verbs.convert(str(tmp_path / "llamba"), tmp_path / "hybrid", window=16)
     assert not (tmp_path / "hybrid").exists()
 
 

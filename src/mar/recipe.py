@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 from jsonargparse import ArgumentParser
 
-from mar.config import SITES, NeuronConfig, site_neurons
+from mar.config import MIXER_PRESETS, SITES, NeuronConfig, site_neurons
 from mar.optimizer import TrainConfig
 from mar.sources import DataConfig
 
@@ -28,12 +28,20 @@ SPIKING = ("spike_align", "spike")
 
 @dataclass
 class MixerSettings:
-    """How attention becomes a mixer: see `convert_llama`, and `calibrate_mixers` for calibrate, in mar.conversion."""
+    """How attention becomes a mixer: see `convert_llama`, and `calibrate_mixers` for calibrate, in mar.conversion.
+
+    window: tokens of attention beside the scan, 0 for none; None: the preset's.
+    """
 
     preset: Literal["fast", "llamba", "hybrid"] = "fast"
     init: Literal["attention", "llamba"] = "attention"
+    window: int | None = None
     calibrate: bool = True
     calibration_tokens: int = 2048
+
+    def choices(self) -> dict[str, Any]:
+        """The choices of `convert_llama` that differ from the preset's."""
+        return {} if self.window is None else {"window": self.window}
 
 
 @dataclass
@@ -160,10 +168,11 @@ class Recipe:
                 f"Recipe {self.name!r} has a dense stage after a spiking one; put align and distill before spike_align "
                 "and spike."
             )
-        if self.mixer.preset == "hybrid" and any(stage.kind == "orient" for stage in self.stages.values()):
+        window = {**MIXER_PRESETS[self.mixer.preset], **self.mixer.choices()}.get("window", 0)
+        if window and any(stage.kind == "orient" for stage in self.stages.values()):
             raise ValueError(
-                f"Recipe {self.name!r} orients mixers of preset 'hybrid', whose scan and window are not one mixing "
-                "matrix; leave the orient stage out or take another preset."
+                f"Recipe {self.name!r} orients mixers with a window of {window} tokens, whose scan and window are not "
+                "one mixing matrix; leave the orient stage out or set mixer.window to 0."
             )
 
 

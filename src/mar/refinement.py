@@ -184,7 +184,7 @@ class _RefineRun:
     def convert(self) -> MarForCausalLM:
         """The untrained dense student."""
         mixer = self.recipe.mixer
-        student = convert_llama(self.teacher.model, mixer.preset, mixer.init)
+        student = convert_llama(self.teacher.model, mixer.preset, mixer.init, **mixer.choices())
         if mixer.calibrate and mixer.init == "attention" and student.config.decay_bias:
             calibrate_mixers(student, self.teacher.model, self.calibration_batch(mixer.calibration_tokens))
         return student

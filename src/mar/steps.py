@@ -24,7 +24,7 @@ from mar.layers import input_moments
 from mar.model import MarForCausalLM
 from mar.processes import this_process
 from mar.quiet import say
-from mar.recipe import SPIKING, NeuronSettings, StageConfig, site_changes
+from mar.recipe import SPIKING, MixerSettings, NeuronSettings, StageConfig, site_changes
 from mar.refinement import build_objective
 from mar.sources import DataConfig
 from mar.spikes import SpikeMonitor
@@ -36,22 +36,23 @@ OWN_SETTINGS = ("alpha", "beta", "features", "trained", "energy_target", "energy
 """What `mar train` can change of a stage besides its budget, rate and batch."""
 
 
-def convert_to_folder(source: str, output: Path, preset: str, init: str, text: str | None) -> MarForCausalLM:
+def convert_to_folder(source: str, output: Path, mixer: MixerSettings, text: str | None) -> MarForCausalLM:
     """The dense student of a LLaMA or of a published Llamba folder, written to `output`; see `mar convert`."""
     with _alone_in_new(output):
         if _is_llamba(Path(source)):
-            if text is not None or preset == "hybrid":
+            if text is not None or mixer.preset == "hybrid" or mixer.window is not None:
                 raise ValueError(
                     f"{source} is a Llamba folder: it is taken as it was published, with mixers of its own; leave out "
-                    "--text and --preset."
+                    "--text, --preset and --window."
                 )
-            preset, init = "llamba", "published"
+            choices = {"preset": "llamba", "init": "published"}
             student = convert_llamba(source)
             tokenizer = load_tokenizer(source)
             origin: dict[str, Any] = {"kind": "llamba", "name": source, "sha256": digest(Path(source))}
         else:
             teacher = load_teacher(source)
-            student = convert_llama(teacher.model, preset, init)
+            choices = {"preset": mixer.preset, "init": mixer.init, **mixer.choices()}
+            student = convert_llama(teacher.model, **choices)
             tokenizer, origin = teacher.tokenizer, teacher.source
             if text is not None:
                 say(f"Calibrating mixers on the first rows of {text}.")
@@ -59,7 +60,7 @@ def convert_to_folder(source: str, output: Path, preset: str, init: str, text: s
                 batch = next(iter(rows.batches(4)))
                 say_if_short(rows, text, batch["input_ids"].numel())
                 calibrate_mixers(student, teacher.model, batch)
-        provenance = {"step": "convert", "settings": {"preset": preset, "init": init, "text": text}, "parent": origin}
+        provenance = {"step": "convert", "settings": {**choices, "text": text}, "parent": origin}
         save_student(student, tokenizer, output, {**provenance, "teacher": origin, "tokens": 0, "metrics": {}})
         return student
 

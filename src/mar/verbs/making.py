@@ -18,6 +18,7 @@ def convert(
     *,
     preset: Literal["fast", "llamba", "hybrid"] = "fast",
     init: Literal["attention", "llamba"] = "attention",
+    window: int | None = None,
     text: str | None = None,
 ) -> Result:
     """Turn a LLaMA (or a published Llamba folder) into a dense MAR folder.
@@ -28,12 +29,14 @@ def convert(
         preset: mixer choices, `llamba` being those published; `hybrid` keeps attention over the last 64 tokens and the
             first; of LLaMAs with unscaled rotary positions only. A Llamba folder keeps its own.
         init: `attention` starts from the attention weights, `llamba` at random.
+        window: tokens of attention beside the scan, 0 for none (default: the preset's).
         text: file or folder of text, a few thousand tokens: decays and scales are calibrated on its first rows, and
             training starts far nearer to its end.
     """
+    from mar.recipe import MixerSettings
     from mar.steps import convert_to_folder
 
-    student = convert_to_folder(source, output, preset, init, text)
+    student = convert_to_folder(source, output, MixerSettings(preset, init, window), text)
     calibrated = text is not None
     return {"folder": str(output), "parameters": student.num_parameters(), "calibrated": calibrated}
 
