@@ -87,6 +87,36 @@ inline void rows_float(Block block, Rows rows, float* acc) {
 void rows_f32(Block block, Rows rows, float* acc) { rows_float<4>(block, rows, acc); }
 void rows_bf16(Block block, Rows rows, float* acc) { rows_float<2>(block, rows, acc); }
 
+#if defined(__AVX2__)
+namespace {
+
+// Rows go four by four along all of their lines, their sums in the first-level cache. Rows about kCalled bytes further on
+// are called in line by line meanwhile: many lines called at once, or rows in short pieces, took up to twice as long where
+// memory is slow (docs/lab-log.md). Measured with AVX-512 on a Zen 5, without on a Zen 3.
+#if defined(__AVX512VNNI__)
+constexpr int kCalled = 8192;
+#else
+constexpr int kCalled = 0;
+#endif
+
+// Calls work(four rows, line) for lines of the listed rows from `at` on.
+template <typename Work>
+inline void by_lines(Block block, Rows rows, int at, int lines, Work work) {
+  const int ahead = kQuad * std::max(1, kCalled / (kQuad * 64 * lines));
+  const std::uint8_t *row[kQuad], *next[kQuad];
+  for (int r = 0; r < kQuad; ++r) {
+    row[r] = row_at(block, rows, at + r);
+    next[r] = row_at(block, rows, std::min(at + ahead + r, rows.count - 1));
+  }
+  for (int line = 0; line < lines; ++line) {
+    for (int r = 0; r < kQuad; ++r) __builtin_prefetch(next[r] + line * 64, 0, kLevel);
+    work(row, line);
+  }
+}
+
+}  // namespace
+#endif
+
 #if defined(__AVX512VNNI__)
 
 namespace {
@@ -97,26 +127,25 @@ inline __m512i four_codes(const std::int8_t* codes) {
   return _mm512_set1_epi32(four);
 }
 
+// A line of four rows, byte beside byte.
+inline void mix(const std::uint8_t* const* row, int line, __m512i mixed[4]) {
+  const int at = line * kSlice;
+  interleave(load<__m512i>(row[0] + at), load<__m512i>(row[1] + at), load<__m512i>(row[2] + at), load<__m512i>(row[3] + at), mixed);
+}
+
 }  // namespace
 
 void rows_i8(Block block, Rows rows, std::int32_t* acc) {
   std::fill(acc, acc + block.slices * kSlice, 0);
-  const auto end_of = [&](int start) { return std::min(start + kTogether, rows.count); };
-  by_blocks<kSlice>(block, rows, end_of, [&](int s, const std::uint8_t* const* row, int count, int start) {
-    __m512i sums[4] = {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512()};
-    for (int r = 0; r < count; r += kQuad) {
-      const std::size_t at = static_cast<std::size_t>(s) * kSlice;
+  for (int at = 0; at < rows.count; at += kQuad) {
+    const __m512i codes = four_codes(rows.codes + at);
+    by_lines(block, rows, at, block.slices, [=](const std::uint8_t* const* row, int line) {
       __m512i mixed[4];
-      interleave(load<__m512i>(row[r] + at), load<__m512i>(row[r + 1] + at), load<__m512i>(row[r + 2] + at),
-                 load<__m512i>(row[r + 3] + at), mixed);
-      const __m512i codes = four_codes(rows.codes + start + r);
-      for (int k = 0; k < 4; ++k) sums[k] = _mm512_dpbusd_epi32(sums[k], mixed[k], codes);
-    }
-    for (int k = 0; k < 4; ++k) {
-      std::int32_t* to = acc + s * kSlice + k * kLanes;
-      store(to, load<I>(to) + (I)sums[k]);
-    }
-  });
+      mix(row, line, mixed);
+      std::int32_t* to = acc + line * kSlice;
+      for (int k = 0; k < 4; ++k, to += kLanes) store(to, _mm512_dpbusd_epi32(load<__m512i>(to), mixed[k], codes));
+    });
+  }
   for (int s = 0; s < block.slices; ++s) {
     std::int32_t* to = acc + s * kSlice;
     I ordered[4];
@@ -125,42 +154,74 @@ void rows_i8(Block block, Rows rows, std::int32_t* acc) {
   }
 }
 
+namespace {
+
+constexpr int kMostLines = 32;  // of rows in int4 that are worked on at once: a panel
+
+// Sums of a line's bytes as they are, and of their high nibbles.
+struct Sums {
+  __m512i both[4], high[4];
+};
+
+// Of a group: what its sums start from, its scales, and how far it is to the next one's.
+struct Run {
+  __m512i less_both, less_high;
+  const std::uint16_t* scales;
+  std::size_t scale_stride;
+};
+
 // A byte holds a weight of each slice, in its low and high nibble. Bytes as they are give both sums at once, the high
-// nibble's sixteen times; nibbles left high give that one alone.
-void rows_i4(Block block, Rows rows, Groups groups, float* out) {
+// nibble's sixteen times; nibbles left high give that one alone. Sums begin with a group's First four rows and go to the
+// outputs with its Last.
+template <bool First, bool Last>
+inline void four_i4(Block block, Rows rows, int at, const Run& run, Sums* sums, float* out) {
   const __m512i low_half = _mm512_set1_epi8(15), upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
-  std::fill(out, out + block.slices * kSlice, 0.0f);
-  int at = 0;
-  const auto end_of = [&](int start) { return groups.end_after(start); };
-  by_blocks<kSlice>({block.rows, block.stride, block.slices / 2}, rows, end_of,
-                    [&](int s, const std::uint8_t* const* row, int count, int start) {
-    while (groups.ends[at] <= start) ++at;
-    const std::size_t line = static_cast<std::size_t>(s) * kSlice;
-    __m512i both[4], high[4];
-    for (int k = 0; k < 4; ++k) {
-      both[k] = _mm512_set1_epi32(-8 * 17 * groups.sums[at]);
-      high[k] = _mm512_set1_epi32(-8 * 16 * groups.sums[at]);
+  const __m512i codes = four_codes(rows.codes + at);
+  by_lines(block, rows, at, block.slices / 2, [=](const std::uint8_t* const* row, int line) {
+    __m512i mixed[4];
+    mix(row, line, mixed);
+    Sums& sum = sums[line];
+    const std::uint16_t* scales = run.scales + 2 * line * kSlice;
+    float* to = out + 2 * line * kSlice;
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k, to += kLanes, scales += 2 * kLanes) {
+      const __m512i both = _mm512_dpbusd_epi32(First ? run.less_both : sum.both[k], mixed[k], codes);
+      const __m512i high =
+          _mm512_dpbusd_epi32(First ? run.less_high : sum.high[k], _mm512_andnot_si512(low_half, mixed[k]), codes);
+      if constexpr (!Last) {
+        sum.both[k] = both;
+        sum.high[k] = high;
+        continue;
+      }
+      __builtin_prefetch(scales + run.scale_stride, 0, 3);  // the next group's
+      const __m512i pairs = load<__m512i>(scales);
+      store(to, load<F>(to) + to_float((I)both - (I)high) * (F)_mm512_slli_epi32(pairs, 16));
+      store(to + kSlice, load<F>(to + kSlice) + to_float((I)high) * (F)_mm512_and_si512(pairs, upper));
     }
-    for (int r = 0; r < count; r += kQuad) {
-      __m512i mixed[4];
-      interleave(load<__m512i>(row[r] + line), load<__m512i>(row[r + 1] + line), load<__m512i>(row[r + 2] + line),
-                 load<__m512i>(row[r + 3] + line), mixed);
-      const __m512i codes = four_codes(rows.codes + start + r);
-      for (int k = 0; k < 4; ++k) {
-        both[k] = _mm512_dpbusd_epi32(both[k], mixed[k], codes);
-        high[k] = _mm512_dpbusd_epi32(high[k], _mm512_andnot_si512(low_half, mixed[k]), codes);
+  });
+}
+
+}  // namespace
+
+void rows_i4(Block block, Rows rows, Groups groups, float* out) {
+  std::fill(out, out + block.slices * kSlice, 0.0f);
+  Sums sums[kMostLines];
+  for (int first = 0; first < block.slices / 2; first += kMostLines) {
+    const Block part{block.rows + first * kSlice, block.stride, 2 * std::min(kMostLines, block.slices / 2 - first)};
+    float* to = out + first * 2 * kSlice;
+    for (int start = 0, at = 0; start < rows.count; start = groups.ends[at++]) {
+      const int group = (rows.index ? rows.index[start] : start) / kGroup, less = -8 * groups.sums[at];
+      const Run run{_mm512_set1_epi32(17 * less), _mm512_set1_epi32(16 * less),
+                    groups.scales + group * groups.scale_stride + first * 2 * kSlice, groups.scale_stride};
+      for (int r = start; r < groups.ends[at]; r += kQuad) {
+        const bool last = r + kQuad == groups.ends[at];
+        if (r == start)
+          last ? four_i4<true, true>(part, rows, r, run, sums, to) : four_i4<true, false>(part, rows, r, run, sums, to);
+        else
+          last ? four_i4<false, true>(part, rows, r, run, sums, to) : four_i4<false, false>(part, rows, r, run, sums, to);
       }
     }
-    const int group = (rows.index ? rows.index[start] : start) / kGroup;
-    const std::uint16_t* scales = groups.scales + group * groups.scale_stride + 2 * s * kSlice;
-    float* to = out + 2 * s * kSlice;
-    for (int k = 0; k < 4; ++k, to += kLanes, scales += 2 * kLanes) {
-      const __m512i pairs = load<__m512i>(scales);
-      store(to, load<F>(to) + to_float((I)both[k] - (I)high[k]) * (F)_mm512_slli_epi32(pairs, 16));
-      store(to + kSlice, load<F>(to + kSlice) + to_float((I)high[k]) * (F)_mm512_and_si512(pairs, upper));
-    }
-    if (s + 1 == block.slices / 2) ++at;
-  });
+  }
   for (int s = 0; s < block.slices; ++s) {
     float* to = out + s * kSlice;
     F ordered[4];
@@ -175,24 +236,6 @@ void rows_i4(Block block, Rows rows, Groups groups, float* out) {
 namespace {
 
 constexpr int kBytes = 32;  // of a register
-
-// Rows go four by four along all of their lines, their sums in the first-level cache. The next four are called in line by
-// line meanwhile: many lines called at once, or rows in short pieces, took up to twice as long where memory is slow
-// (docs/lab-log.md).
-
-// Calls work(four rows, line) for lines of the listed rows from `at` on.
-template <typename Work>
-inline void by_lines(Block block, Rows rows, int at, int lines, Work work) {
-  const std::uint8_t *row[kQuad], *next[kQuad];
-  for (int r = 0; r < kQuad; ++r) {
-    row[r] = row_at(block, rows, at + r);
-    next[r] = row_at(block, rows, std::min(at + kQuad + r, rows.count - 1));
-  }
-  for (int line = 0; line < lines; ++line) {
-    for (int r = 0; r < kQuad; ++r) __builtin_prefetch(next[r] + line * 64, 0, 2);
-    work(row, line);
-  }
-}
 
 #if !defined(MAR_AVXVNNI)
 
