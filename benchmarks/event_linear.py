@@ -13,8 +13,10 @@ student's sites), signs at random; or `--ternary` for codes of one size.
 from __future__ import annotations
 
 import statistics
+import tempfile
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from numpy.typing import NDArray
 
 from mar import _native
 from mar.engine.layout import pack_linear
+from mar.engine.pages import read_into_large_pages
 from timing import alternate, arguments, environment, finish, memory_read, settings, show, speedup, turns
 
 DENSITIES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -38,14 +41,26 @@ def codes_of(random: np.random.Generator, inputs: int, density: float, ternary: 
 
 
 def stack(precision: str, inputs: int, outputs: int, layers: int, threads: int, seed: int) -> list[Any]:
-    """Linears of random weights."""
+    """Linears of random weights, in such pages as the engine reads its own into."""
     random = np.random.default_rng(seed)
-    found = []
-    for _ in range(layers):
-        packed = pack_linear(random.standard_normal((outputs, inputs), np.float32), precision, _native.PANEL).items()
-        flat = {f"linear.{kind}": np.ascontiguousarray(array).reshape(-1).view(np.uint8) for kind, array in packed}
-        found.append(_native.Linear(precision, inputs, outputs, flat, _native.PANEL, threads))
-    return found
+    places: list[dict[str, slice]] = []
+    with tempfile.NamedTemporaryFile() as file:
+        for _ in range(layers):
+            packed = pack_linear(random.standard_normal((outputs, inputs), np.float32), precision, _native.PANEL)
+            places.append({})
+            for kind, array in packed.items():
+                start = file.tell()
+                file.write(np.ascontiguousarray(array).tobytes())
+                places[-1][f"linear.{kind}"] = slice(start, file.tell())
+                file.write(bytes(-file.tell() % 64))
+        file.flush()
+        weights = read_into_large_pages(Path(file.name))
+    return [
+        _native.Linear(
+            precision, inputs, outputs, {name: weights[at] for name, at in one.items()}, _native.PANEL, threads
+        )
+        for one in places
+    ]
 
 
 def run(linears: list[Any], codes: list[NDArray[np.int8]], dense: bool, out: NDArray[np.float32]) -> None:
