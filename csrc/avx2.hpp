@@ -29,7 +29,8 @@ inline __m256i plus_32(__m256i sum, __m256i x) {
 // Each sum plus four unsigned bytes times four signed ones, exactly.
 inline __m256i plus_dots(__m256i sums, __m256i bytes, __m256i codes) {
 #if defined(__AVXVNNI__)
-  return _mm256_dpbusd_avx_epi32(sums, bytes, codes);
+  asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sums) : "x"(bytes), "x"(codes));
+  return sums;
 #else
   // The same by other instructions: tests run the kernels so where there is no CPU for them.
   const __m256i even = _mm256_and_si256(bytes, _mm256_set1_epi16(255)), odd = _mm256_srli_epi16(bytes, 8);
