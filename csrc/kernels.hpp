@@ -47,11 +47,6 @@ struct Groups {
   const std::int32_t* sums;
   const std::uint16_t* scales;
   std::size_t scale_stride;
-  int end_after(int start) const {
-    const int* end = ends;
-    while (*end <= start) ++end;
-    return *end;
-  }
 };
 
 // Weights in int4 for reading them whole, in the order of the multiplying instruction: of each two slices, the first half of

@@ -7,115 +7,68 @@
 namespace mar::MAR_VARIANT {
 namespace {
 
-// Rows that are worked on together, slice by slice, their sums in registers. What is read next is called into the
-// first-level cache meanwhile: rows that are skipped break the hardware's own streams.
-constexpr int kTogether = 8;
-constexpr int kMostTogether = kGroup + kQuad;
-
 inline const std::uint8_t* row_at(Block block, Rows rows, int r) {
   return block.rows + block.stride * static_cast<std::size_t>(rows.index ? rows.index[r] : r);
 }
 
-// How the next block of rows is called in while one is worked on: of all of its rows the lines that are one slice further
-// on, or row by row along their lines. With AVX-512, on CPUs of two makers, lines into the first-level cache were fastest. On
-// Zen 3 the second-level cache was, and rows where there are many (in int4 a group) or none is skipped.
+// How far ahead rows are called in, in bytes, four rows at least, and into which cache: rows that are skipped break the
+// hardware's own streams. Measured on a Zen 5; with AVX2 alone, rows of 1 KB and more on a Zen 3.
+constexpr int kCalled = 8192;
 #if defined(__AVX512VNNI__)
 constexpr int kLevel = 3;
-inline bool call_along(Block, const std::uint8_t* const*, int) { return false; }
 #else
 constexpr int kLevel = 2;
-inline bool call_along(Block block, const std::uint8_t* const* rows, int count) {
-  return count > kTogether || (count > 1 && rows[count - 1] - rows[0] == static_cast<std::ptrdiff_t>(block.stride) * (count - 1));
-}
 #endif
 
-// Calls work(slice, rows, how many, the first one's place in the list) for every slice of each block of rows.
-// end_of(start): where the block ends that starts there.
-template <int Bytes, typename EndOf, typename Work>
-inline void by_blocks(Block block, Rows rows, EndOf end_of, Work work) {
-  const std::uint8_t* held[2][kMostTogether];
-  const std::uint8_t **now = held[0], **next = held[1];
-  auto fetch = [&](int start, const std::uint8_t** to) {
-    const int count = start < rows.count ? end_of(start) - start : 0;
-    for (int r = 0; r < count; ++r) to[r] = row_at(block, rows, start + r);
-    return count;
-  };
-  int count = fetch(0, now);
-  for (int start = 0; start < rows.count;) {
-    const int after = fetch(start + count, next);
-    const bool along = call_along(block, next, after);
-    for (int s = 0; s < block.slices; ++s) {
-      if (along) {
-        for (int r = after * s / block.slices; r < after * (s + 1) / block.slices; ++r)
-          for (int line = 0; line < block.slices * Bytes; line += 64) __builtin_prefetch(next[r] + line, 0, kLevel);
-      } else {
-        for (int r = 0; r < after; ++r)
-          for (int line = 0; line < Bytes; line += 64) __builtin_prefetch(next[r] + s * Bytes + line, 0, kLevel);
-      }
-      work(s, now, count, start);
-    }
-    start += count;
-    std::swap(now, next);
-    count = after;
+// Rows go four by four along all of their slices, their sums in the first-level cache, and those further on are called in
+// slice by slice meanwhile: many lines called at once, or rows in short pieces, took up to twice as long where memory is
+// slow (docs/lab-log.md).
+// Calls work(four rows, slice) for every slice, of Bytes bytes, of the listed rows from `at` on; beyond the last row it
+// stands for those that are missing.
+template <int Bytes, typename Work>
+inline void by_slices(Block block, Rows rows, int at, int slices, Work work) {
+  const int ahead = kQuad * std::max(1, kCalled / (kQuad * Bytes * slices));
+  const std::uint8_t *row[kQuad], *next[kQuad];
+  for (int r = 0; r < kQuad; ++r) {
+    row[r] = row_at(block, rows, std::min(at + r, rows.count - 1));
+    next[r] = row_at(block, rows, std::min(at + ahead + r, rows.count - 1));
+  }
+  for (int s = 0; s < slices; ++s) {
+    for (int r = 0; r < kQuad; ++r)
+      for (int line = 0; line < Bytes; line += 64) __builtin_prefetch(next[r] + s * Bytes + line, 0, kLevel);
+    work(row, s);
   }
 }
 
 template <int Bytes>
 inline void rows_float(Block block, Rows rows, float* acc) {
   std::fill(acc, acc + block.slices * kSlice, 0.0f);
-  const auto end_of = [&](int start) { return std::min(start + kTogether, rows.count); };
-  by_blocks<Bytes * kSlice>(block, rows, end_of, [&](int s, const std::uint8_t* const* row, int count, int start) {
-    float* to = acc + s * kSlice;
-    F sums[kParts];
-    for (int k = 0; k < kParts; ++k) sums[k] = load<F>(to + k * kLanes);
-    for (int r = 0; r < count; ++r) {
-      const F value = splat(rows.values[start + r]);
-      const std::uint8_t* from = row[r] + s * kSlice * Bytes;
-      for (int k = 0; k < kParts; ++k) {
-        if constexpr (Bytes == 4)
-          sums[k] += value * load<F>(from + k * kLanes * 4);
-        else
-          sums[k] += value * bf16_to_float(reinterpret_cast<const std::uint16_t*>(from + k * kLanes * 2));
+  for (int at = 0; at < rows.count; at += kQuad) {
+    const float* values = rows.values + at;
+    const int count = std::min(kQuad, rows.count - at);
+    by_slices<Bytes * kSlice>(block, rows, at, block.slices, [=](const std::uint8_t* const* row, int s) {
+      float* to = acc + s * kSlice;
+      F sums[kParts];
+      for (int k = 0; k < kParts; ++k) sums[k] = load<F>(to + k * kLanes);
+      for (int r = 0; r < count; ++r) {
+        const F value = splat(values[r]);
+        const std::uint8_t* from = row[r] + s * kSlice * Bytes;
+        for (int k = 0; k < kParts; ++k) {
+          if constexpr (Bytes == 4)
+            sums[k] += value * load<F>(from + k * kLanes * 4);
+          else
+            sums[k] += value * bf16_to_float(reinterpret_cast<const std::uint16_t*>(from + k * kLanes * 2));
+        }
       }
-    }
-    for (int k = 0; k < kParts; ++k) store(to + k * kLanes, sums[k]);
-  });
+      for (int k = 0; k < kParts; ++k) store(to + k * kLanes, sums[k]);
+    });
+  }
 }
 
 }  // namespace
 
 void rows_f32(Block block, Rows rows, float* acc) { rows_float<4>(block, rows, acc); }
 void rows_bf16(Block block, Rows rows, float* acc) { rows_float<2>(block, rows, acc); }
-
-#if defined(__AVX2__)
-namespace {
-
-// Rows go four by four along all of their lines, their sums in the first-level cache. Rows about kCalled bytes further on
-// are called in line by line meanwhile: many lines called at once, or rows in short pieces, took up to twice as long where
-// memory is slow (docs/lab-log.md). Measured with AVX-512 on a Zen 5, without on a Zen 3.
-#if defined(__AVX512VNNI__)
-constexpr int kCalled = 8192;
-#else
-constexpr int kCalled = 0;
-#endif
-
-// Calls work(four rows, line) for lines of the listed rows from `at` on.
-template <typename Work>
-inline void by_lines(Block block, Rows rows, int at, int lines, Work work) {
-  const int ahead = kQuad * std::max(1, kCalled / (kQuad * 64 * lines));
-  const std::uint8_t *row[kQuad], *next[kQuad];
-  for (int r = 0; r < kQuad; ++r) {
-    row[r] = row_at(block, rows, at + r);
-    next[r] = row_at(block, rows, std::min(at + ahead + r, rows.count - 1));
-  }
-  for (int line = 0; line < lines; ++line) {
-    for (int r = 0; r < kQuad; ++r) __builtin_prefetch(next[r] + line * 64, 0, kLevel);
-    work(row, line);
-  }
-}
-
-}  // namespace
-#endif
 
 #if defined(__AVX512VNNI__)
 
@@ -139,7 +92,7 @@ void rows_i8(Block block, Rows rows, std::int32_t* acc) {
   std::fill(acc, acc + block.slices * kSlice, 0);
   for (int at = 0; at < rows.count; at += kQuad) {
     const __m512i codes = four_codes(rows.codes + at);
-    by_lines(block, rows, at, block.slices, [=](const std::uint8_t* const* row, int line) {
+    by_slices<kSlice>(block, rows, at, block.slices, [=](const std::uint8_t* const* row, int line) {
       __m512i mixed[4];
       mix(row, line, mixed);
       std::int32_t* to = acc + line * kSlice;
@@ -177,7 +130,7 @@ template <bool First, bool Last>
 inline void four_i4(Block block, Rows rows, int at, const Run& run, Sums* sums, float* out) {
   const __m512i low_half = _mm512_set1_epi8(15), upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
   const __m512i codes = four_codes(rows.codes + at);
-  by_lines(block, rows, at, block.slices / 2, [=](const std::uint8_t* const* row, int line) {
+  by_slices<kSlice>(block, rows, at, block.slices / 2, [=](const std::uint8_t* const* row, int line) {
     __m512i mixed[4];
     mix(row, line, mixed);
     Sums& sum = sums[line];
@@ -270,7 +223,7 @@ void rows_i8(Block block, Rows rows, std::int32_t* acc) {
     const __m256i ones = _mm256_set1_epi16(1);
     const Steps steps = steps_of(rows.codes + at);
 #endif
-    by_lines(block, rows, at, block.slices, [&](const std::uint8_t* const* row, int line) {
+    by_slices<kSlice>(block, rows, at, block.slices, [&](const std::uint8_t* const* row, int line) {
       for (int half = 0; half < kSlice; half += kBytes) {
         __m256i from[kQuad];
         for (int r = 0; r < kQuad; ++r) from[r] = load<__m256i>(row[r] + line * kSlice + half);
@@ -344,7 +297,7 @@ template <bool First, bool Last>
 inline void four_i4(Block block, Rows rows, int at, const Run& run, ShortSums* sums) {
   const __m256i low_half = _mm256_set1_epi8(15), upper = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
   const __m256i codes[2] = {two_codes(rows.codes + at), two_codes(rows.codes + at + 2)};
-  by_lines(block, rows, at, block.slices / 2, [=](const std::uint8_t* const* row, int line) {
+  by_slices<kSlice>(block, rows, at, block.slices / 2, [=](const std::uint8_t* const* row, int line) {
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
       std::int16_t* place = sums[line].of + half * kBytes;  // two registers of the one slice, and kSlice on of the other
@@ -406,8 +359,8 @@ void rows_i4(Block block, Rows rows, Groups groups, float* out) {
   for (int first = 0; first < block.slices / 2; first += kMostLines) {
     const int lines = std::min(kMostLines, block.slices / 2 - first);
     const Block part{block.rows + first * kSlice, block.stride, 2 * lines};
-    for (int start = 0, end; start < rows.count; start = end) {
-      end = groups.end_after(start);
+    for (int start = 0, at = 0; start < rows.count; start = groups.ends[at++]) {
+      const int end = groups.ends[at];
       int sizes = 0;
       for (int r = start; r < end; ++r) sizes += std::abs(rows.codes[r]);
       const int middle = sizes > kMostSizes && end - start > kRun ? start + kRun : start;
@@ -439,35 +392,46 @@ inline void add_pair(Short16 w0, Short16 w1, std::int8_t c0, std::int8_t c1, std
 
 void rows_i8(Block block, Rows rows, std::int32_t* acc) {
   std::fill(acc, acc + block.slices * kSlice, 0);
-  const auto end_of = [&](int start) { return std::min(start + kTogether, rows.count); };
-  by_blocks<kSlice>(block, rows, end_of, [&](int s, const std::uint8_t* const* row, int count, int start) {
-    for (int r = 0; r < count; r += 2)
-      for (int at = s * kSlice; at < (s + 1) * kSlice; at += 16)
-        add_pair(widen(row[r] + at), widen(row[r + 1] + at), rows.codes[start + r], rows.codes[start + r + 1], acc + at);
-  });
+  for (int start = 0; start < rows.count; start += kQuad) {
+    const std::int8_t* codes = rows.codes + start;
+    by_slices<kSlice>(block, rows, start, block.slices, [=](const std::uint8_t* const* row, int s) {
+      for (int r = 0; r < kQuad; r += 2)
+        for (int at = s * kSlice; at < (s + 1) * kSlice; at += 16)
+          add_pair(widen(row[r] + at), widen(row[r + 1] + at), codes[r], codes[r + 1], acc + at);
+    });
+  }
 }
 
 void rows_i4(Block block, Rows rows, Groups groups, float* out) {
   std::fill(out, out + block.slices * kSlice, 0.0f);
-  int at = 0;
-  const auto end_of = [&](int start) { return groups.end_after(start); };
-  by_blocks<kSlice>({block.rows, block.stride, block.slices / 2}, rows, end_of,
-                    [&](int s, const std::uint8_t* const* row, int count, int start) {
-    std::int32_t sums[2 * kSlice] = {};
-    for (int r = 0; r < count; r += 2)
-      for (int part = 0; part < kSlice; part += 16) {
-        const Short16 w0 = widen(row[r] + s * kSlice + part), w1 = widen(row[r + 1] + s * kSlice + part);
-        const std::int8_t c0 = rows.codes[start + r], c1 = rows.codes[start + r + 1];
-        add_pair(w0 & 15, w1 & 15, c0, c1, sums + part);
-        add_pair(w0 >> 4, w1 >> 4, c0, c1, sums + part + kSlice);
+  constexpr int kMostLines = 32;  // of rows that are worked on at once
+  std::int32_t sums[kMostLines * 2 * kSlice];
+  for (int first = 0; first < block.slices / 2; first += kMostLines) {
+    const int lines = std::min(kMostLines, block.slices / 2 - first), outputs = lines * 2 * kSlice;
+    const Block part{block.rows + first * kSlice, block.stride, 2 * lines};
+    float* to = out + first * 2 * kSlice;
+    for (int start = 0, at = 0; start < rows.count; start = groups.ends[at++]) {
+      std::fill(sums, sums + outputs, -8 * groups.sums[at]);
+      for (int quad = start; quad < groups.ends[at]; quad += kQuad) {
+        const std::int8_t* codes = rows.codes + quad;
+        by_slices<kSlice>(part, rows, quad, lines, [=, &sums](const std::uint8_t* const* row, int line) {
+          for (int r = 0; r < kQuad; r += 2)
+            for (int i = 0; i < kSlice; i += 16) {
+              const Short16 w0 = widen(row[r] + line * kSlice + i), w1 = widen(row[r + 1] + line * kSlice + i);
+              std::int32_t* sum = sums + line * 2 * kSlice + i;
+              add_pair(w0 & 15, w1 & 15, codes[r], codes[r + 1], sum);
+              add_pair(w0 >> 4, w1 >> 4, codes[r], codes[r + 1], sum + kSlice);
+            }
+        });
       }
-    while (groups.ends[at] <= start) ++at;
-    const int group = (rows.index ? rows.index[start] : start) / kGroup;
-    const std::uint16_t* scales = groups.scales + group * groups.scale_stride + 2 * s * kSlice;
-    for (int j = 0; j < 2 * kSlice; ++j)
-      out[2 * s * kSlice + j] += static_cast<float>(sums[j] - 8 * groups.sums[at]) * bf16_to_float(scales[scale_place(j)]);
-    if (s + 1 == block.slices / 2) ++at;
-  });
+      const int group = (rows.index ? rows.index[start] : start) / kGroup;
+      const std::uint16_t* scales = groups.scales + group * groups.scale_stride + first * 2 * kSlice;
+      for (int j = 0; j < outputs; ++j) {
+        const int line = j / (2 * kSlice) * 2 * kSlice;
+        to[j] += static_cast<float>(sums[j]) * bf16_to_float(scales[line + scale_place(j - line)]);
+      }
+    }
+  }
 }
 
 #endif
