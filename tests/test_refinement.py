@@ -192,6 +192,17 @@ def test_interrupted_twice_ends_in_the_same_bits(
             assert refined.metrics[kind][key] == whole.metrics[kind][key]
 
 
+def test_a_stage_at_its_constant_rate_takes_more_tokens(tiny_llama_folder: Path, text: Path, tmp_path: Path) -> None:
+    def with_steps(count: int) -> Recipe:
+        return tiny_recipe(tiny_llama_folder, text, ("align",), schedule="wsd", tokens=count * LENGTH)
+
+    refine(with_steps(6), tmp_path / "whole", progress=False)
+    with interrupted_at_step(3, stop), pytest.raises(KeyboardInterrupt):
+        refine(with_steps(4), tmp_path / "run", progress=False)
+    refine(with_steps(6), tmp_path / "run", progress=False)
+    assert log_of(tmp_path / "run" / "1-align") == log_of(tmp_path / "whole" / "1-align")
+
+
 def test_an_interruption_while_saving_loses_nothing(
     whole: Refined, tiny_llama_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -93,9 +93,9 @@ class DiscreteMamba2(nn.Module):
         """What the window adds to y (b, l, h, p), and what it carries over."""
         config = self.config
         xbc = projected[..., : config.conv_size]
-        rows, first = carried(xbc, past, config.window, mask, document_ids)
-        seen = attend(rows, first, config.num_heads, config.head_dim, config.window, config.rotary_base, xbc.dtype)
-        return seen, carry_over(rows, first, config.window)
+        rows, positions, first = carried(xbc, past, config.window, mask, document_ids)
+        seen = attend(rows, positions, first, config.num_heads, config.head_dim, config.window, config.rotary_base)
+        return seen, carry_over(rows, positions, first, config.window)
 
     def _gate(self, z: Tensor) -> Tensor:
         return F.silu(z + self.z_bias.to(z.dtype))

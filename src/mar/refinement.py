@@ -209,7 +209,10 @@ class _RefineRun:
         metrics: dict[str, Any] = {}
         if not self._is_done(folder, settings):
             objective = build_objective(stage, student.train(), self.teacher.model, self.dense)
-            metrics = train(objective, self.rows(), stage.train, folder / "training", self.progress, settings)
+            # How to train is left out: an unfinished run takes more tokens while its rates allow it (mar.train).
+            own = {key: value for key, value in settings["settings"].items() if key != "train"}
+            recipe = {**settings, "settings": own}
+            metrics = train(objective, self.rows(), stage.train, folder / "training", self.progress, recipe)
         student = self._written(folder, settings, lambda: (student.eval(), metrics))
         return student, read_provenance(folder)["metrics"]
 

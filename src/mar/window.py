@@ -8,9 +8,12 @@ first token is kept because trained attention rests on it (attention sinks, Xiao
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mar.kernels import reference
 
@@ -31,25 +34,25 @@ def carried(
     window: int,
     mask: Bool[Tensor, "b l"] | None,
     document_ids: Int[Tensor, "b l"] | None,
-) -> tuple[Float[Tensor, "b rows_l c_1"], Int[Tensor, "b l"]]:
-    """All that the tokens of a call can look at, and where each finds its first token.
+) -> tuple[Float[Tensor, "b rows_l c"], Int[Tensor, "b rows_l"], Int[Tensor, "b l"]]:
+    """All that the tokens of a call can look at, each row's position, and where each token finds its first token.
 
-    Rows are what was carried over, (b, window, c + 1): the sequence's first token, then the last window - 1; then this
-    call's tokens. The last channel is a row's position in its sequence plus 1, and 0 where there is nothing. Padding
-    stands before a sequence's first token: after it, it would take places of the window.
+    Rows are what was carried over, `window` of them: the sequence's first token, then the last window - 1; then this
+    call's tokens. Positions count from 1 in a row's sequence, and are 0 where there is nothing; past has them as its
+    last channel. Padding stands before a sequence's first token: after it, it would take places of the window.
     """
     batch, length, _ = xbc.shape
-    work = torch.promote_types(xbc.dtype, torch.float32)  # narrower floats would round positions
     if past is None:
-        past = xbc.new_zeros(batch, window, xbc.shape[2] + 1, dtype=work)
+        past = xbc.new_zeros(batch, window, xbc.shape[2] + 1, dtype=torch.float32)
+    before = past[..., -1].long()
     if length == 0:
-        return past.to(work), torch.zeros(batch, 0, dtype=torch.long, device=xbc.device)
+        return past[..., :-1].to(xbc.dtype), before, torch.zeros(batch, 0, dtype=torch.long, device=xbc.device)
     real = torch.ones(batch, length, dtype=torch.bool, device=xbc.device) if mask is None else mask
-    seen = past[:, :, -1].amax(1, keepdim=True).long()
+    seen = before.amax(1, keepdim=True)
     count = real.cumsum(1)
     positions = seen + count
     # The first token is in the tail too as long as it is one of the last; there it is found, and else in its own row.
-    tail_first = past[:, 1:, -1] == 1
+    tail_first = before[:, 1:] == 1
     first = torch.where(tail_first.any(1), 1 + tail_first.float().argmax(1), 0)
     first = torch.where(seen[:, 0] > 0, first, window + real.float().argmax(1))[:, None].expand(-1, length)
     if document_ids is not None:
@@ -64,18 +67,23 @@ def carried(
         first_real = torch.where(real & (own == 1) | (own == 0), index, 0).cummax(1).values
         first = torch.where(later, window + first_real, first)
         positions = torch.where(later, own, positions)
-    positions = positions * real
-    rows = torch.cat([xbc.to(work) * real[..., None], positions[..., None].to(work)], dim=-1)
-    return torch.cat([past.to(work), rows], dim=1), first
+    if mask is not None:
+        xbc, positions = xbc * real[..., None], positions * real
+    return torch.cat([past[..., :-1].to(xbc.dtype), xbc], dim=1), torch.cat([before, positions], dim=1), first
 
 
 def carry_over(
-    rows: Float[Tensor, "b rows_l c_1"], first: Int[Tensor, "b l"], window: int
+    rows: Float[Tensor, "b rows_l c"],
+    positions: Int[Tensor, "b rows_l"],
+    first: Int[Tensor, "b l"],
+    window: int,
 ) -> Float[Tensor, "b window c_1"]:
-    """What the next call has to be given of `carried`'s rows: those of the last token's sequence."""
+    """What the next call has to be given of `carried`'s rows, those of the last token's sequence; in fp32 at least, as
+    narrower floats would round positions."""
+    work = torch.promote_types(rows.dtype, torch.float32)
+    rows = torch.cat([rows.detach().to(work), positions[..., None].to(work)], dim=-1)
     if first.shape[1] == 0:
         return rows[:, :window]
-    rows = rows.detach()
     head = rows.gather(1, first[:, -1:, None].expand(-1, -1, rows.shape[2]))
     tail = rows[:, rows.shape[1] - window + 1 :]
     index = torch.arange(rows.shape[1] - window + 1, rows.shape[1], device=rows.device)
@@ -83,63 +91,91 @@ def carry_over(
     return torch.cat([head, tail * own[..., None]], dim=1)
 
 
+class _Attention(torch.autograd.Function):
+    """softmax(q k^T + barred) v over the last dimension of keys, in the precision of q: autocast would take the shares
+    to fp32 and back, twice."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, barred: Tensor) -> Tensor:
+        with torch.autocast(q.device.type, enabled=False):
+            scores = q @ k.mT
+            scores += barred
+            shares = scores.softmax(-1)
+            y = shares @ v
+        ctx.save_for_backward(q, k, v, shares, y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, shares, y = ctx.saved_tensors
+        with torch.autocast(q.device.type, enabled=False):
+            work = torch.promote_types(y.dtype, torch.float32)
+            # Of a token, what all of its shares have in common: sum over keys of share times gradient.
+            common = (dy.to(work) * y.to(work)).sum(-1, keepdim=True)
+            gradient = dy @ v.mT
+            gradient = gradient.sub_(common.to(gradient.dtype)).mul_(shares)
+            return gradient @ k, gradient.mT @ q, shares.mT @ dy, None
+
+
 def attend(
-    rows: Float[Tensor, "b rows_l c_1"],
+    rows: Float[Tensor, "b rows_l c"],
+    positions: Int[Tensor, "b rows_l"],
     first: Int[Tensor, "b l"],
     heads: int,
     head_dim: int,
     window: int,
     base: float,
-    dtype: torch.dtype,
 ) -> Float[Tensor, "b l h p"]:
     """softmax(C_t . B_s) x_s over the last `window` tokens s of t's sequence, itself included, and its first token.
 
-    rows, first: of `carried`; their channels are x, B, C of all heads. Scores have no factor of their own, as
+    rows, positions, first: of `carried`; channels are x, B, C of all heads. Scores have no factor of their own, as
     conversion from attention weights puts 1 / sqrt(N) into C. A token with nothing to look at (padding) gets zeros.
     """
     batch, length = first.shape
     if length == 0:
-        return rows.new_zeros(batch, 0, heads, head_dim, dtype=dtype)
-    positions = rows[..., -1].long()
+        return rows.new_zeros(batch, 0, heads, head_dim)
     inner = heads * head_dim
-    x, b, c = rows[..., :-1].to(dtype).split([inner, *[(rows.shape[2] - 1 - inner) // 2] * 2], dim=-1)
+    x, b, c = rows.split([inner, *[(rows.shape[2] - inner) // 2] * 2], dim=-1)
     x, b, c = (part.unflatten(-1, (heads, -1)) for part in (x, b, c))
     turns = positions.clamp(min=1) - 1
     b, c = rotary(b, turns, base), rotary(c[:, window:], turns[:, window:], base)
 
-    def gathered(part: Tensor) -> Tensor:
-        return part.gather(1, first[..., None, None].expand(-1, -1, *part.shape[2:]))
-
     # Blocks of queries look at their own rows and the block before them; what is carried over is the first block's. The
-    # row of the first token is no part of its tail: every query looks at its own through an extra column.
+    # rows of first tokens are no part of a tail: all blocks have them as keys of their own.
     size = length if length <= window else window
     blocks = -(-length // size)
     fill = blocks * size - length
+    starts = torch.zeros_like(positions, dtype=torch.bool).scatter_(1, first, True)
+    # Where a sequence of the batch has fewer than another some that are nobody's first token fill up, and are barred.
+    places = starts.float().topk(int(starts.sum(1).max()), dim=1).indices
+
+    def filled(part: Tensor) -> Tensor:
+        return torch.cat([part, part.new_zeros(batch, fill, *part.shape[2:])], dim=1) if fill else part
 
     def tiles(part: Tensor) -> Tensor:  # (b, rows, ...) to (b, blocks, window + size, ...)
-        part = torch.cat([part, part.new_zeros(batch, fill, *part.shape[2:])], dim=1) if fill else part
+        part = filled(part)
         if blocks == 1:
             return part[:, None]
         part = part.unflatten(1, (blocks + 1, size))
         return torch.cat([part[:, :-1], part[:, 1:]], dim=2)
 
     def queries(part: Tensor) -> Tensor:  # (b, l, ...) to (b, blocks, size, ...)
-        part = torch.cat([part, part.new_zeros(batch, fill, *part.shape[2:])], dim=1) if fill else part
-        return part.unflatten(1, (blocks, size))
+        return filled(part).unflatten(1, (blocks, size))
+
+    def keys(part: Tensor) -> Tensor:  # (b, rows, h, n) to (b, blocks, h, firsts + window + size, n)
+        own = part.gather(1, places[..., None, None].expand(-1, -1, *part.shape[2:]))
+        own = own[:, None].expand(-1, blocks, -1, -1, -1)
+        return torch.cat([own.transpose(2, 3), tiles(part).transpose(2, 3)], dim=3)
 
     index = torch.arange(window, window + length, device=rows.device).expand(batch, -1)
     key = torch.arange(window + length, device=rows.device).expand(batch, -1)
-    here, begin, keys = queries(index)[..., None], queries(first)[..., None], tiles(key)[:, :, None]
-    seen = (keys <= here) & (keys > here - window) & (keys >= begin) & (tiles(positions) > 0)[:, :, None]
-    far = (first <= index - window) & (positions.gather(1, first) > 0)
-    seen = torch.cat([queries(far)[..., None], seen], dim=-1)  # b, blocks, size, 1 + window + size
+    here, begin, there = queries(index)[..., None], queries(first)[..., None], tiles(key)[:, :, None]
+    seen = (there <= here) & (there > here - window) & (there >= begin) & (tiles(positions) > 0)[:, :, None]
+    far = queries((first <= index - window) & (positions.gather(1, first) > 0))[..., None]
+    seen = torch.cat([far & (begin == places[:, None, None]), seen], dim=-1)  # b, blocks, size, firsts + window + size
     # What sees nothing (padding) gets any shares, and then zeros.
     some = seen.any(-1, keepdim=True)
     barred = torch.zeros(seen.shape, dtype=c.dtype, device=c.device).masked_fill(~seen & some, -torch.inf)
-    scores = torch.einsum("bkqhn,bkshn->bkhqs", queries(c), tiles(b))
-    own = torch.einsum("blhn,blhn->blh", c, gathered(b))
-    scores = torch.cat([queries(own).transpose(2, 3)[..., None], scores], dim=-1) + barred[:, :, None]
-    shares = scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(-1).to(x.dtype)
-    mixed = torch.einsum("bkhqs,bkshp->bkqhp", shares[..., 1:], tiles(x)).flatten(1, 2)[:, :length]
-    to_first = shares[..., 0].transpose(2, 3).flatten(1, 2)[:, :length, :, None]
-    return (mixed + to_first * gathered(x)) * some.flatten(1, 2)[:, :length, :, None]
+    y: Any = _Attention.apply(queries(c).transpose(2, 3), keys(b), keys(x), barred[:, :, None])
+    return (y.transpose(2, 3) * some[..., None]).flatten(1, 2)[:, :length]
