@@ -8,7 +8,15 @@ namespace {
 
 constexpr int kVectors = 8;  // of a panel
 constexpr Count kPanel = kVectors * W;
-constexpr Count kSegment = 64;  // tokens that one vector of channels takes at a time, so that a panel stays in cache
+constexpr Count kSegment = 64;  // tokens that a few vectors of channels take at a time, so that a panel stays in cache
+// Vectors that a token takes at once: more bytes of each of its rows, whose lines fall on few sets of the cache where a row
+// is a multiple of a page, and no more than registers hold (backward takes 16 a vector).
+constexpr int kForward = 4;
+#if defined(__AVX512F__)
+constexpr int kBackward = 2;
+#else
+constexpr int kBackward = 1;
+#endif
 
 Count panels(const ConvCall& call) { return (call.channels + kPanel - 1) / kPanel; }
 
@@ -22,8 +30,9 @@ struct Conv {
 
   Conv(const ConvCall& of, Count item) : call(of), batch(item / panels(of)), panel(item % panels(of) * kPanel) {}
 
-  // Calls body(vector, channel, lanes) for the vectors of a segment, one segment after the other.
-  template <class Body>
+  // Calls body(vector, channel, lanes) for the vectors of a segment, one segment after the other; whole ones come by V,
+  // where so many are left.
+  template <int V, class Body>
   void over_segments(Body body) {
     for (begin = 0; begin < call.length; begin = end) {
       end = begin + kSegment < call.length ? begin + kSegment : call.length;
@@ -35,9 +44,11 @@ struct Conv {
           ++count;
         whole = whole && count == Taps - 1;
       }
-      for (int v = 0; v < kVectors && panel + v * W < call.channels; ++v) {
+      for (int v = 0; v < kVectors && panel + v * W < call.channels;) {
         const Count lanes = call.channels - panel - v * W;
-        body(v, panel + v * W, lanes < W ? lanes : W);
+        const bool together = v % V == 0 && lanes >= V * W;
+        body(v, panel + v * W, together ? V * W : lanes < W ? lanes : W);
+        v += together ? V : 1;
       }
     }
   }
@@ -63,22 +74,27 @@ struct Conv {
     for (int i = Taps - 1; i > 0; --i) window[i] = window[i - 1];
   }
 
-  template <bool Whole, bool Full>
+  // Of V vectors; Full: each of W lanes.
+  template <bool Whole, bool Full, int V>
   void forward(Count j, Count lanes) const {
-    Floats taps[Taps], window[Taps];
-    load_taps(taps, j, lanes);
-    load_window(window, j, lanes);
-    const Floats bias = load(input<float>(call.bias, j), lanes);
+    Floats taps[V][Taps], window[V][Taps], bias[V];
+    for (int v = 0; v < V; ++v) {
+      load_taps(taps[v], j + v * W, lanes);
+      load_window(window[v], j + v * W, lanes);
+      bias[v] = load(input<float>(call.bias, j + v * W), lanes);
+    }
     const T* x = row<T>(call.x, batch, begin) + j;
     T* y = row<T>(call.y, batch, begin) + j;
     for (Count t = begin; t < end; ++t, x += call.x.token, y += call.y.token) {
-      __builtin_prefetch(x + kSegment * call.x.token);
-      window[0] = Full ? load(x) : load(x, lanes);
-      Floats total = bias + taps[0] * window[0];
-      for (int i = 1; i < Taps; ++i)
-        if (Whole || i <= reach[t - begin]) total += taps[i] * window[i];
-      Full ? store(y, total) : store(y, total, lanes);
-      shift(window);
+      for (Count line = 0; line < V * W; line += 64 / Count{sizeof(T)}) __builtin_prefetch(x + kSegment * call.x.token + line);
+      for (int v = 0; v < V; ++v) {
+        window[v][0] = Full ? load(x + v * W) : load(x, lanes);
+        Floats total = bias[v] + taps[v][0] * window[v][0];
+        for (int i = 1; i < Taps; ++i)
+          if (Whole || i <= reach[t - begin]) total += taps[v][i] * window[v][i];
+        Full ? store(y + v * W, total) : store(y, total, lanes);
+        shift(window[v]);
+      }
     }
   }
 
@@ -93,62 +109,77 @@ struct Conv {
       store(output<float>(call.dpast, (batch * (Taps - 1) + Taps - 1 + token) * call.channels + j), value, lanes);
   }
 
-  template <bool Whole, bool Full>
-  void backward(Sums& sums, Count j, Count lanes) const {
-    Floats taps[Taps], window[Taps], dtaps[Taps] = {}, dbias{}, dx[Taps];
-    load_taps(taps, j, lanes);
-    load_window(window, j, lanes);
-    for (int i = 0; i < Taps; ++i) dx[i] = sums.dx[i];
+  template <bool Whole, bool Full, int V>
+  void backward(Sums* sums, Count j, Count lanes) const {
+    Floats taps[V][Taps], window[V][Taps], dtaps[V][Taps] = {}, dbias[V] = {}, dx[V][Taps];
+    for (int v = 0; v < V; ++v) {
+      load_taps(taps[v], j + v * W, lanes);
+      load_window(window[v], j + v * W, lanes);
+      for (int i = 0; i < Taps; ++i) dx[v][i] = sums[v].dx[i];
+    }
     const T* x = row<T>(call.x, batch, begin) + j;
     const T* dy = row<T>(call.dy, batch, begin) + j;
     for (Count t = begin; t < end; ++t, x += call.x.token, dy += call.dy.token) {
-      __builtin_prefetch(x + kSegment * call.x.token);
-      __builtin_prefetch(dy + kSegment * call.dy.token);
-      window[0] = Full ? load(x) : load(x, lanes);
-      const Floats gradient = Full ? load(dy) : load(dy, lanes);
-      dbias += gradient;
-      for (int i = 0; i < Taps; ++i)
-        if (Whole || i <= reach[t - begin]) {
-          dtaps[i] += gradient * window[i];
-          dx[i] += gradient * taps[i];
-        }
-      if (Full && t >= Taps - 1)
-        store(row<T>(call.dx, batch, t - (Taps - 1)) + j, dx[Taps - 1]);
-      else
-        store_dx(dx[Taps - 1], t - (Taps - 1), j, lanes);
-      shift(window);
-      shift(dx);
-      dx[0] = Floats{};
+      for (Count line = 0; line < V * W; line += 64 / Count{sizeof(T)}) {
+        __builtin_prefetch(x + kSegment * call.x.token + line);
+        __builtin_prefetch(dy + kSegment * call.dy.token + line);
+      }
+      for (int v = 0; v < V; ++v) {
+        window[v][0] = Full ? load(x + v * W) : load(x, lanes);
+        const Floats gradient = Full ? load(dy + v * W) : load(dy, lanes);
+        dbias[v] += gradient;
+        for (int i = 0; i < Taps; ++i)
+          if (Whole || i <= reach[t - begin]) {
+            dtaps[v][i] += gradient * window[v][i];
+            dx[v][i] += gradient * taps[v][i];
+          }
+        if (Full && t >= Taps - 1)
+          store(row<T>(call.dx, batch, t - (Taps - 1)) + j + v * W, dx[v][Taps - 1]);
+        else
+          store_dx(dx[v][Taps - 1], t - (Taps - 1), j + v * W, lanes);
+        shift(window[v]);
+        shift(dx[v]);
+        dx[v][0] = Floats{};
+      }
     }
-    for (int i = 0; i < Taps; ++i) {
-      sums.taps[i] += dtaps[i];
-      sums.dx[i] = dx[i];
+    for (int v = 0; v < V; ++v) {
+      for (int i = 0; i < Taps; ++i) {
+        sums[v].taps[i] += dtaps[v][i];
+        sums[v].dx[i] = dx[v][i];
+      }
+      sums[v].bias += dbias[v];
     }
-    sums.bias += dbias;
   }
 
   void forward() {
-    over_segments([this](int, Count j, Count lanes) {
+    over_segments<kForward>([this](int, Count j, Count lanes) {
       if (lanes < W)
-        forward<false, false>(j, lanes);
+        forward<false, false, 1>(j, lanes);
+      else if (lanes == W)
+        whole ? forward<true, true, 1>(j, W) : forward<false, true, 1>(j, W);
       else
-        whole ? forward<true, true>(j, lanes) : forward<false, true>(j, lanes);
+        whole ? forward<true, true, kForward>(j, W) : forward<false, true, kForward>(j, W);
     });
   }
 
   void backward() {
     Sums sums[kVectors] = {};
-    over_segments([this, &sums](int v, Count j, Count lanes) {
+    over_segments<kBackward>([this, &sums](int first, Count j, Count lanes) {
+      Sums* of = sums + first;
       if (lanes < W)
-        backward<false, false>(sums[v], j, lanes);
+        backward<false, false, 1>(of, j, lanes);
+      else if (lanes == W)
+        whole ? backward<true, true, 1>(of, j, W) : backward<false, true, 1>(of, j, W);
       else
-        whole ? backward<true, true>(sums[v], j, lanes) : backward<false, true>(sums[v], j, lanes);
+        whole ? backward<true, true, kBackward>(of, j, W) : backward<false, true, kBackward>(of, j, W);
       if (end < call.length) return;
-      for (int i = 1; i < Taps; ++i) store_dx(sums[v].dx[i], call.length - i, j, lanes);
-      for (int i = 0; i < Taps; ++i)
-        store(output<float>(call.dweight_parts, (batch * Taps + Taps - 1 - i) * call.channels + j), sums[v].taps[i],
-              lanes);
-      store(output<float>(call.dbias_parts, batch * call.channels + j), sums[v].bias, lanes);
+      for (; lanes > 0; lanes -= W, j += W, ++of) {
+        const Count some = lanes < W ? lanes : W;
+        for (int i = 1; i < Taps; ++i) store_dx(of->dx[i], call.length - i, j, some);
+        for (int i = 0; i < Taps; ++i)
+          store(output<float>(call.dweight_parts, (batch * Taps + Taps - 1 - i) * call.channels + j), of->taps[i], some);
+        store(output<float>(call.dbias_parts, batch * call.channels + j), of->bias, some);
+      }
     });
   }
 };
