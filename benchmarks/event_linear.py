@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from mar import _native
 from mar.engine.layout import pack_linear
-from mar.engine.pages import read_into_large_pages
+from mar.engine.pages import large_pages, read_into_large_pages
 from timing import alternate, arguments, environment, finish, memory_read, settings, show, speedup, turns
 
 DENSITIES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -54,7 +54,8 @@ def stack(precision: str, inputs: int, outputs: int, layers: int, threads: int, 
                 places[-1][f"linear.{kind}"] = slice(start, file.tell())
                 file.write(bytes(-file.tell() % 64))
         file.flush()
-        weights = read_into_large_pages(Path(file.name))
+        place = Path(file.name)
+        weights = read_into_large_pages(place) if large_pages() else np.fromfile(place, np.uint8)
     return [
         _native.Linear(
             precision, inputs, outputs, {name: weights[at] for name, at in one.items()}, _native.PANEL, threads

@@ -10,7 +10,7 @@ constexpr int kVectors = 8;  // of a panel
 constexpr Count kPanel = kVectors * W;
 constexpr Count kSegment = 64;  // tokens that a few vectors of channels take at a time, so that a panel stays in cache
 // Vectors that a token takes at once: more bytes of each of its rows, whose lines fall on few sets of the cache where a row
-// is a multiple of a page, and no more than registers hold (backward takes 16 a vector).
+// is a multiple of a page. As measured on a Zen 5: more of them are slower where registers are short.
 constexpr int kForward = 4;
 #if defined(__AVX512F__)
 constexpr int kBackward = 2;

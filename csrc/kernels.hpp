@@ -40,8 +40,9 @@ struct Rows {
   int count;
 };
 
-// How an int4 list falls into groups of inputs that share scales: `ends` in the list, ascending and none of them empty;
-// sums of the codes of each; bf16 scales of the block's outputs by `scale_place`, `scale_stride` apart from group to group.
+// How an int4 list falls into groups of inputs that share scales: `ends` in the list, ascending, multiples of kQuad, none of
+// them empty, the last one the list's; sums of the codes of each; bf16 scales of the block's outputs by `scale_place`,
+// `scale_stride` apart from group to group.
 struct Groups {
   const int* ends;
   const std::int32_t* sums;

@@ -30,8 +30,8 @@ NEEDS = {
 NEEDS["amx"] = NEEDS["avx512"] | {"amx_tile", "amx_int8"}
 """Variants and the flags of /proc/cpuinfo that they need."""
 
-SHAPES = [(1, 1), (3, 64), (5, 65), (40, 300), (63, 130), (65, 64), (72, 1216), (200, 1300), (1030, 70)]
-"""Inputs and outputs: less than a quad and a slice, a little more and less than groups and panels."""
+SHAPES = [(1, 1), (3, 64), (5, 65), (40, 300), (63, 130), (65, 64), (72, 1216), (200, 1300), (1030, 70), (70, 8420)]
+"""Inputs and outputs: less than a quad and a slice, a little more and less than groups and panels, over 128 slices."""
 
 
 def flags() -> set[str]:
@@ -92,9 +92,13 @@ def check_linears() -> None:
         weight = weight.astype(np.float32)
         weight[random.random(outputs) < 0.1] = 0
         for precision in pack.PRECISIONS:
-            packed = layout.pack_linear(weight, precision).items()
-            arrays = {f"linear.{kind}": np.ascontiguousarray(one).reshape(-1).view(np.uint8) for kind, one in packed}
-            linears = [_native.Linear(precision, inputs, outputs, arrays, layout.PANEL, threads) for threads in (1, 3)]
+            linears = []
+            for panel in {layout.PANEL, _native.PANEL, 200}:  # the last longer than rows that are worked on at once
+                packed = layout.pack_linear(weight, precision, panel).items()
+                arrays = {
+                    f"linear.{kind}": np.ascontiguousarray(one).reshape(-1).view(np.uint8) for kind, one in packed
+                }
+                linears += [_native.Linear(precision, inputs, outputs, arrays, panel, threads) for threads in (1, 3)]
             values, factors = meaning(weight, precision)
             for share, largest in ((0.0, 1), (0.05, 4), (0.3, 127), (1.0, 16), (1.0, 127)):
                 codes = codes_of(inputs, share, largest, random)

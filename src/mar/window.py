@@ -80,15 +80,17 @@ def carry_over(
 ) -> Float[Tensor, "b window c_1"]:
     """What the next call has to be given of `carried`'s rows, those of the last token's sequence; in fp32 at least, as
     narrower floats would round positions."""
+    batch, count, _ = rows.shape
+    index = torch.arange(count - window, count, device=rows.device).repeat(batch, 1)
+    if first.shape[1]:
+        index[:, 0] = first[:, -1]
+    kept = rows.detach().gather(1, index[..., None].expand(-1, -1, rows.shape[2]))
     work = torch.promote_types(rows.dtype, torch.float32)
-    rows = torch.cat([rows.detach().to(work), positions[..., None].to(work)], dim=-1)
-    if first.shape[1] == 0:
-        return rows[:, :window]
-    head = rows.gather(1, first[:, -1:, None].expand(-1, -1, rows.shape[2]))
-    tail = rows[:, rows.shape[1] - window + 1 :]
-    index = torch.arange(rows.shape[1] - window + 1, rows.shape[1], device=rows.device)
-    own = (index >= first[:, -1:]) | (first[:, -1:] == 0)
-    return torch.cat([head, tail * own[..., None]], dim=1)
+    kept = torch.cat([kept.to(work), positions.gather(1, index)[..., None].to(work)], dim=-1)
+    if first.shape[1]:
+        own = (index >= first[:, -1:]) | (first[:, -1:] == 0)
+        kept = kept * own[..., None]
+    return kept
 
 
 class _Attention(torch.autograd.Function):
@@ -101,20 +103,15 @@ class _Attention(torch.autograd.Function):
             scores = q @ k.mT
             scores += barred
             shares = scores.softmax(-1)
-            y = shares @ v
-        ctx.save_for_backward(q, k, v, shares, y)
-        return y
+            ctx.save_for_backward(q, k, v, shares)
+            return shares @ v
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, k, v, shares, y = ctx.saved_tensors
+        q, k, v, shares = ctx.saved_tensors
         with torch.autocast(q.device.type, enabled=False):
-            work = torch.promote_types(y.dtype, torch.float32)
-            # Of a token, what all of its shares have in common: sum over keys of share times gradient.
-            common = (dy.to(work) * y.to(work)).sum(-1, keepdim=True)
-            gradient = dy @ v.mT
-            gradient = gradient.sub_(common.to(gradient.dtype)).mul_(shares)
+            gradient = torch.ops.aten._softmax_backward_data(dy @ v.mT, shares, -1, shares.dtype)
             return gradient @ k, gradient.mT @ q, shares.mT @ dy, None
 
 
@@ -141,12 +138,14 @@ def attend(
     turns = positions.clamp(min=1) - 1
     b, c = rotary(b, turns, base), rotary(c[:, window:], turns[:, window:], base)
 
-    # Blocks of queries look at their own rows and the block before them; what is carried over is the first block's. The
-    # rows of first tokens are no part of a tail: all blocks have them as keys of their own.
+    # Blocks of queries look at their own rows and the block before them; what is carried over is the first block's.
+    # First tokens that some query is too far from to find them there are keys that all blocks share.
     size = length if length <= window else window
     blocks = -(-length // size)
     fill = blocks * size - length
-    starts = torch.zeros_like(positions, dtype=torch.bool).scatter_(1, first, True)
+    index = torch.arange(window, window + length, device=rows.device).expand(batch, -1)
+    far = (first <= index - window) & (positions.gather(1, first) > 0)
+    starts = torch.zeros_like(positions).scatter_add_(1, first, far.long()) > 0
     # Where a sequence of the batch has fewer than another some that are nobody's first token fill up, and are barred.
     places = starts.float().topk(int(starts.sum(1).max()), dim=1).indices
 
@@ -168,12 +167,12 @@ def attend(
         own = own[:, None].expand(-1, blocks, -1, -1, -1)
         return torch.cat([own.transpose(2, 3), tiles(part).transpose(2, 3)], dim=3)
 
-    index = torch.arange(window, window + length, device=rows.device).expand(batch, -1)
     key = torch.arange(window + length, device=rows.device).expand(batch, -1)
     here, begin, there = queries(index)[..., None], queries(first)[..., None], tiles(key)[:, :, None]
     seen = (there <= here) & (there > here - window) & (there >= begin) & (tiles(positions) > 0)[:, :, None]
-    far = queries((first <= index - window) & (positions.gather(1, first) > 0))[..., None]
-    seen = torch.cat([far & (begin == places[:, None, None]), seen], dim=-1)  # b, blocks, size, firsts + window + size
+    seen = torch.cat(
+        [queries(far)[..., None] & (begin == places[:, None, None]), seen], dim=-1
+    )  # b, blocks, size, firsts + window + size
     # What sees nothing (padding) gets any shares, and then zeros.
     some = seen.any(-1, keepdim=True)
     barred = torch.zeros(seen.shape, dtype=c.dtype, device=c.device).masked_fill(~seen & some, -torch.inf)
