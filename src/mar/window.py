@@ -170,9 +170,8 @@ def attend(
     key = torch.arange(window + length, device=rows.device).expand(batch, -1)
     here, begin, there = queries(index)[..., None], queries(first)[..., None], tiles(key)[:, :, None]
     seen = (there <= here) & (there > here - window) & (there >= begin) & (tiles(positions) > 0)[:, :, None]
-    seen = torch.cat(
-        [queries(far)[..., None] & (begin == places[:, None, None]), seen], dim=-1
-    )  # b, blocks, size, firsts + window + size
+    own = queries(far)[..., None] & (begin == places[:, None, None])
+    seen = torch.cat([own, seen], dim=-1)  # b, blocks, size, firsts + window + size
     # What sees nothing (padding) gets any shares, and then zeros.
     some = seen.any(-1, keepdim=True)
     barred = torch.zeros(seen.shape, dtype=c.dtype, device=c.device).masked_fill(~seen & some, -torch.inf)
